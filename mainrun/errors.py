@@ -1,0 +1,18 @@
+"""How a command can end other than well.
+
+Three ways, and the command line knows no other: the user asked for something impossible, the user
+asked to stop, or the run failed. Everything else that is raised is a defect of ours and keeps its
+traceback.
+"""
+
+
+class UserError(ValueError):
+    """The user's mistake, found before any work: value, place, remedy in one line. Exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the reason is the message and the last line printed. Exit code 1."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM was obeyed: a complete checkpoint is saved. Exit code 75 (EX_TEMPFAIL)."""

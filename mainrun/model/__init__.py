@@ -1,0 +1,1 @@
+"""Networks: token ids in, logits out. Strangers to data, files, clocks and trackers."""

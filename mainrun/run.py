@@ -1,0 +1,339 @@
+"""A training run: the parts of a config joined to a run folder, new or resumed.
+
+The world is met here: the folder is made, signals are listened to, the tracker and the checkpoints
+are opened and closed. Whatever the user got wrong is found before the folder is touched.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from mainrun import config as configs
+from mainrun import memory, parts, stop
+from mainrun.config import Config
+from mainrun.data import batches, tokenizers
+from mainrun.data.batches import Batch
+from mainrun.environment import write_environment
+from mainrun.errors import Stopped, UserError
+from mainrun.model.generate import generate
+from mainrun.model.gpt import num_parameters
+from mainrun.parts import Parts
+from mainrun.record import read_events
+from mainrun.tracking import Tracker, check_wandb, open_tracker
+from mainrun.training import backend, evaluate, step
+from mainrun.training.checkpoint import Checkpoints, Progress
+from mainrun.training.loop import fit
+from mainrun.training.step import TrainState, TrainStep
+
+_SAMPLE_TOKENS = 32
+
+_FIXED = ("seed", "data", "tokenizer", "model", "optimizer.kind", "training.batch_size")
+"""What a resumed run cannot change: weights, moments and the order of the data depend on it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """The training step, ready to run, and what making it took."""
+
+    train_step: TrainStep
+    seconds: float
+    step_bytes: int
+
+
+def train(config: Config, run_dir: Path, *, command: Sequence[str]) -> None:
+    """Train in a new run folder. Raises UserError, RunFailed or Stopped."""
+    with stop.listening() as stopping:
+        joined, compiled = _prepare(config)
+        _create(run_dir, config, joined.texts, command)
+        with (
+            open_tracker(run_dir, config, total_steps=joined.plan.total_steps) as tracker,
+            Checkpoints(run_dir / "checkpoints", keep=config.training.checkpoint.keep) as saved,
+        ):
+            state = jax.jit(lambda: _initial(config, joined))()
+            run = _Run(config, joined, tracker, saved, stopping, resume_command(run_dir))
+            run.tell_start(run_dir.name, state, compiled)
+            run.go(state, Progress(), compiled.train_step)
+
+
+def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -> None:
+    """Go on from the newest whole checkpoint, as if never interrupted.
+
+    A finished run is told so and left alone. Raises UserError, RunFailed or Stopped.
+    """
+    with stop.listening() as stopping:
+        config = _stored_config(run_dir, overrides)
+        if not overrides and _is_finished(run_dir):
+            _say(f"{run_dir} is finished: nothing is left to do")
+            return
+        tokenizer = tokenizers.load(run_dir / "tokenizer.json")
+        joined, compiled = _prepare(config, tokenizer, fingerprint=_fingerprint(run_dir))
+        like = jax.eval_shape(lambda: _initial(config, joined))
+        with Checkpoints(run_dir / "checkpoints", keep=config.training.checkpoint.keep) as saved:
+            restored, damaged = saved.restore_newest(like)
+            start = restored.step if restored else 0
+            with open_tracker(
+                run_dir, config, total_steps=joined.plan.total_steps, resume_step=start
+            ) as tracker:
+                for reason in damaged:
+                    tracker.log("warning", message=f"damaged checkpoint left out: {reason}")
+                tracker.log("resumed", start, overrides=list(overrides), damaged=damaged)
+                _write_environment(run_dir, joined.texts, command)
+                state = restored.state if restored else jax.jit(lambda: _initial(config, joined))()
+                progress = restored.progress if restored else Progress()
+                again = resume_command(run_dir, overrides)
+                run = _Run(config, joined, tracker, saved, stopping, again)
+                run.go(state, progress, compiled.train_step)
+
+
+def dry_run(config: Config) -> str:
+    """Everything up to the first step; a report of what a run would be and need."""
+    joined, compiled = _prepare(config)
+    texts, plan = joined.texts, joined.plan
+    shapes = jax.eval_shape(lambda: _initial(config, joined))
+    limit = backend.memory_limit_bytes()
+    rows = [
+        ("parameters", f"{num_parameters(shapes.params):,}"),
+        ("vocabulary", f"{joined.network.vocab_size:,} tokens"),
+        ("training text", f"{texts.num_train_documents:,} documents, "
+                          f"{texts.num_train_tokens:,} tokens, {len(texts.train):,} windows"),
+        ("validation text", f"{len(texts.validation.tokens):,} documents, "
+                            f"{texts.validation.tokens.sum():,} tokens"),
+        ("steps", f"{plan.total_steps:,}, {joined.steps_per_epoch:,} an epoch, "
+                  f"{plan.tokens_per_step:,} tokens each in {joined.micro_batches} micro-batches"),
+        ("device", backend.describe_device()),
+        ("memory of a step", f"{memory.gibibytes(compiled.step_bytes)} by the compiler's count"
+                             + (f", {memory.gibibytes(limit)} available" if limit else "")),
+        ("compilation", f"{compiled.seconds:.1f} s"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:16} {value}" for name, value in rows)
+
+
+def new_run_dir(root: Path, config_path: Path | None) -> Path:
+    """`root/<date>-<time>-<config>`, with a number behind it if that exists."""
+    stem = config_path.stem if config_path else "defaults"
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{stem}"
+    taken = (root / f"{name}-{n}" if n > 1 else root / name for n in range(1, 1000))
+    return next(path for path in taken if not path.exists())
+
+
+def resume_command(run_dir: Path, overrides: Sequence[str] = ()) -> str:
+    return shlex.join(["mainrun", "resume", str(run_dir), *overrides])
+
+
+class _Run:
+    """What the loop calls: batches, evaluations, checkpoints, the log and the stop signal."""
+
+    def __init__(
+        self,
+        config: Config,
+        joined: Parts,
+        tracker: Tracker,
+        saved: Checkpoints,
+        stopping: stop.StopSignal,
+        resume_with: str,
+    ) -> None:
+        self._config, self._parts = config, joined
+        self._tracker, self._saved, self._stopping = tracker, saved, stopping
+        self._resume_with = resume_with
+        self._score_batch = evaluate.make_score_batch(
+            joined.network,
+            micro_batches=joined.micro_batches,
+            mask_documents=config.data.mask_documents,
+        )
+
+    def tell_start(self, name: str, state: TrainState, compiled: Compiled) -> None:
+        texts = self._parts.texts
+        self._tracker.log(
+            "run_started",
+            0,
+            name=name,
+            parameters=num_parameters(state.params),
+            vocab_size=self._parts.network.vocab_size,
+            total_steps=self._parts.plan.total_steps,
+            steps_per_epoch=self._parts.steps_per_epoch,
+            train_documents=texts.num_train_documents,
+            val_documents=len(texts.validation.tokens),
+            train_tokens=texts.num_train_tokens,
+            val_tokens=int(texts.validation.tokens.sum()),
+            device=backend.describe_device(),
+            precision=self._config.training.precision,
+            micro_batches=self._parts.micro_batches,
+            compile_seconds=compiled.seconds,
+            step_bytes=compiled.step_bytes,
+        )
+
+    def go(self, state: TrainState, progress: Progress, train_step: TrainStep) -> None:
+        try:
+            fit(state, progress, train_step, self._parts.plan, self)
+            self._saved.wait()
+        except Stopped:
+            self._saved.wait()
+            self._tracker.log("stopped", resume_command=self._resume_with)
+            raise
+
+    def batch(self, index: int) -> Batch:
+        return batches.batch(
+            self._parts.texts.train,
+            index,
+            batch_size=self._config.training.batch_size,
+            order=self._config.data.order,
+            seed=self._config.seed,
+        )
+
+    def evaluate(self, state: TrainState) -> float:
+        started, number = time.perf_counter(), int(state.step)
+        text, batch_size = self._parts.texts.validation, self._config.training.batch_size
+        nll = evaluate.score(
+            self._score_batch, state.params, text.windows, batch_size, self._stopping.check
+        )
+        context_length = self._config.data.context_length
+        found = evaluate.metrics(nll, text, batch_size=batch_size, context_length=context_length)
+        seconds = {"val/seconds": time.perf_counter() - started}
+        samples = self._samples(state)
+        self._stopping.check()
+        self._tracker.log("evaluation", number, **found, **seconds)
+        if samples:
+            self._tracker.log("samples", number, texts=samples)
+        return found["val/loss"]
+
+    def save(self, state: TrainState, progress: Progress, *, best: bool) -> None:
+        number = int(state.step)
+        self._saved.save(number, state, progress)
+        self._tracker.log("checkpoint_saved", number, best=best, path=f"checkpoints/{number}")
+
+    def log_step(self, number: int, metrics: dict[str, float]) -> None:
+        self._tracker.log("train_step", number, **metrics)
+
+    def stop_requested(self) -> bool:
+        return self._stopping.requested()
+
+    def _samples(self, state: TrainState) -> list[str]:
+        """A few documents, drawn with a key of this step."""
+        count, eos_id = self._config.training.num_samples, self._parts.texts.eos_id
+        if count == 0:
+            return []
+        tokens = generate(
+            self._parts.network,
+            state.params,
+            np.full((count, 1), eos_id, np.int32),
+            jax.random.fold_in(jax.random.key(self._config.seed), state.step),
+            max_tokens=min(_SAMPLE_TOKENS, self._config.data.context_length - 1),
+            eos_id=eos_id,
+        )
+        return [tokenizers.decode(self._parts.texts.tokenizer, row) for row in np.asarray(tokens)]
+
+
+def _prepare(
+    config: Config, tokenizer: Tokenizer | None = None, *, fingerprint: str | None = None
+) -> tuple[Parts, Compiled]:
+    """Data, network and the compiled step; raises UserError for whatever cannot work."""
+    check_wandb(config)
+    backend.prepare()
+    _say(f"reading {config.data.source}")
+    texts = parts.read_texts(config, tokenizer)
+    if fingerprint is not None and fingerprint != texts.fingerprint:
+        raise UserError(
+            f"data.source={config.data.source} is not what the run was trained on (fingerprint "
+            f"{texts.fingerprint[:12]}, not {fingerprint[:12]}): resume with the data it had"
+        )
+    joined = parts.assemble(config, texts)
+    _say("compiling the training step")
+    compiled = _compile(config, joined)
+    memory.check_fits(compiled.step_bytes, backend.memory_limit_bytes())
+    return joined, compiled
+
+
+def _compile(config: Config, joined: Parts) -> Compiled:
+    started = time.perf_counter()
+    train_step = step.make_train_step(
+        joined.network,
+        joined.optimizer,
+        joined.learning_rate,
+        micro_batches=joined.micro_batches,
+        mask_documents=config.data.mask_documents,
+    )
+    state = jax.eval_shape(lambda: _initial(config, joined))
+    rows = np.zeros(config.training.batch_size, np.int64)
+    batch = batches.take(joined.texts.train, rows)
+    executable = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
+    return Compiled(executable, time.perf_counter() - started, memory.executable_bytes(executable))
+
+
+def _initial(config: Config, joined: Parts) -> TrainState:
+    return step.init(joined.network, joined.optimizer, config.seed)
+
+
+def _create(run_dir: Path, config: Config, texts: parts.Texts, command: Sequence[str]) -> None:
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{run_dir} exists: choose another --run-dir, or resume it") from None
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be made ({error.strerror})") from error
+    (run_dir / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
+    tokenizers.save(texts.tokenizer, run_dir / "tokenizer.json")
+    _write_environment(run_dir, texts, command)
+
+
+def _write_environment(run_dir: Path, texts: parts.Texts, command: Sequence[str]) -> None:
+    write_environment(
+        run_dir,
+        command=command,
+        devices=[backend.describe_device()],
+        data_fingerprint=texts.fingerprint,
+    )
+
+
+def _stored_config(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """The run's config with the overrides. Raises UserError for what resuming cannot change."""
+    if not (run_dir / "config.yaml").is_file() or not (run_dir / "events.jsonl").is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no config.yaml and events.jsonl")
+    before = configs.load(run_dir / "config.yaml")
+    after = configs.load(run_dir / "config.yaml", overrides)
+    # The data may have moved; that it is the same is checked by its fingerprint.
+    moved = replace(before, data=replace(before.data, source=after.data.source))
+    for path in _FIXED:
+        was, now = (_setting(c, path) for c in (moved, after))
+        if was != now:
+            raise UserError(
+                f"`{path}` of {run_dir} cannot change on resume: train anew with `mainrun train`"
+            )
+    return after
+
+
+def _setting(config: Config, path: str) -> object:
+    value: object = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _is_finished(run_dir: Path) -> bool:
+    endings = [e["event"] for e in read_events(run_dir / "events.jsonl")]
+    return bool(endings) and "finished" in endings and "resumed" not in _after_finish(endings)
+
+
+def _after_finish(names: list[str]) -> list[str]:
+    return names[len(names) - 1 - names[::-1].index("finished") :]
+
+
+def _fingerprint(run_dir: Path) -> str:
+    try:
+        record = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        return str(record["data_fingerprint"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run_dir}/environment.json cannot be read: {error}") from error
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

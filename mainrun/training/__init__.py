@@ -1,0 +1,1 @@
+"""Turns a model and batches into trained parameters: step, loop, evaluation, checkpoints."""

@@ -1,0 +1,214 @@
+"""Checkpoints: Orbax folders that are complete or absent, the newest few and the best.
+
+A save returns once the state is copied; writing goes on in the background. Each holds the whole
+`TrainState` and the loop's `Progress`, with a checksum for every array, so that a damaged one is
+noticed and the one before is used.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from mainrun.errors import RunFailed
+from mainrun.model.gpt import Params
+from mainrun.training.step import TrainState
+
+absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax tells at length what it also raises
+
+
+_METADATA_BYTES = 2**20  # that a checkpoint may take besides its arrays
+
+_SEPARATOR = "|"  # parameter names have dots, and a slash would make folders
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What the loop knows beside the state. All of it follows from the steps before."""
+
+    evaluated_step: int = -1  # the last step whose parameters were evaluated
+    best_step: int = -1
+    best_loss: float = float("inf")
+    train_seconds: float = 0.0  # in optimizer steps, compilation and evaluation not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    step: int
+    state: TrainState
+    progress: Progress
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run. Use in a `with`: leaving waits for the last save."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder = folder
+        self._best_step = -1
+        self._writing = -1
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(keep, lambda: self._best_step),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            with self._telling_failure():
+                self._manager.close()
+        except RunFailed:
+            if error is None:  # else that one is the reason
+                raise
+
+    def save(self, step: int, state: TrainState, progress: Progress) -> None:
+        """Start to save; raises RunFailed if this save or the one before could not be written.
+
+        A step that is saved already stays as it is: its state can be no other, and a run stopped
+        in an evaluation does that again anyway.
+        """
+        self._best_step = progress.best_step
+        if step in self._manager.all_steps():
+            return
+        self.wait()
+        self._writing = step
+        # A copy, because the next step overwrites the donated state while Orbax still writes.
+        arrays = {name: np.array(array) for name, array in _named(state).items()}
+        record = {
+            "progress": dataclasses.asdict(progress),
+            "checksums": {name: _checksum(array) for name, array in arrays.items()},
+        }
+        self._check_space(sum(array.nbytes for array in arrays.values()))
+        with self._telling_failure():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{item: ocp.args.StandardSave(part) for item, part in _split(arrays).items()},
+                    record=ocp.args.JsonSave(record),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Return when everything is on disk; raises RunFailed if it cannot get there."""
+        with self._telling_failure():
+            self._manager.wait_until_finished()
+
+    def _check_space(self, needed: int) -> None:
+        """Before Orbax finds out: its writers then print a page of tracebacks from C."""
+        free = shutil.disk_usage(self._folder).free
+        if free < needed + _METADATA_BYTES:
+            raise RunFailed(
+                f"no space left for the checkpoint of step {self._writing}: {self._folder} has "
+                f"{free / 2**20:.1f} MiB free, and {needed / 2**20:.1f} MiB are needed; make room "
+                "and resume the run"
+            )
+
+    @contextlib.contextmanager
+    def _telling_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises what its writer threads met, of any type
+            full = "No space left on device"
+            reason = full if full in str(error) else _first_line(error)
+            raise RunFailed(
+                f"the checkpoint of step {self._writing} could not be written: {reason}"
+            ) from error
+
+    def restore_newest(self, like: TrainState) -> tuple[Restored | None, list[str]]:
+        """The newest checkpoint that is whole, and why each newer one is not; those are deleted."""
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                state, progress = self.restore(step, like)
+            except Exception as error:  # damage has many shapes: missing files, bad bytes, JSON
+                damaged.append(f"step {step}: {_first_line(error)}")
+                self._manager.delete(step)
+                continue
+            self._best_step = progress.best_step
+            return Restored(step, state, progress), damaged
+        return None, damaged
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
+        """This step's state, in the structure of `like` (abstract will do).
+
+        Raises whatever a damaged checkpoint makes Orbax raise, or ValueError for a bad checksum.
+        """
+        named = _named(like)
+        arrays, progress = self._read(step, _split(named))
+        leaves = [jax.numpy.asarray(arrays[name]) for name in named]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), progress
+
+    def restore_params(self, step: int, like: Mapping[str, Any]) -> Params:
+        """This step's parameters alone; raises as `restore` does."""
+        prefix = f"params{_SEPARATOR}"
+        named = {prefix + name: leaf for name, leaf in like.items()}
+        arrays, _ = self._read(step, {"params": named})
+        return {name.removeprefix(prefix): jax.numpy.asarray(a) for name, a in arrays.items()}
+
+    def _read(
+        self, step: int, items: dict[str, dict[str, Any]]
+    ) -> tuple[dict[str, np.ndarray], Progress]:
+        wanted = {
+            item: ocp.args.StandardRestore(
+                {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+            )
+            for item, leaves in items.items()
+        }
+        args = ocp.args.Composite(**wanted, record=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        record = restored["record"]
+        arrays = {name: array for item in items for name, array in restored[item].items()}
+        for name, array in arrays.items():
+            if _checksum(array) != record["checksums"][name]:
+                raise ValueError(f"{name} does not match its checksum")
+        return arrays, Progress(**record["progress"])
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+
+class _NewestAndBest(preservation_policy.PreservationPolicy):
+    def __init__(self, keep: int, best_step: Any) -> None:
+        self._keep, self._best_step = keep, best_step
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        oldest_kept = len(checkpoints) - self._keep
+        return [
+            place >= oldest_kept or checkpoint.step == self._best_step()
+            for place, checkpoint in enumerate(checkpoints)
+        ]
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """The leaves under names, in the order of `jax.tree.leaves`: no structure to go stale."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=_SEPARATOR): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _split(named: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parameters apart from the rest, so that they can be read alone."""
+    items: dict[str, dict[str, Any]] = {"params": {}, "rest": {}}
+    for name, leaf in named.items():
+        items["params" if name.startswith(f"params{_SEPARATOR}") else "rest"][name] = leaf
+    return items
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

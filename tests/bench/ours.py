@@ -1,0 +1,110 @@
+"""mainrun as a contestant: `python -m tests.bench.ours SETTINGS.json`, lines as `worker.py` says.
+
+It runs `loop.fit`, the loop of a real run, over real batches. Only what PyTorch's side has no
+counterpart of is left out: evaluations, checkpoints, and writing the metrics down.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mainrun import config, parts
+from mainrun.data import batches
+from mainrun.model.gpt import num_parameters
+from mainrun.training import backend, loop, step
+from mainrun.training.checkpoint import Progress
+from tests.bench import given
+
+
+class Surroundings:
+    """What the loop calls: batches for it, and nothing done with what it reports."""
+
+    def __init__(self, run: config.Config, tokens: batches.Windows) -> None:
+        self.run, self.tokens = run, tokens
+        self.loss = float("nan")
+
+    def batch(self, index: int) -> batches.Batch:
+        return batches.batch(
+            self.tokens,
+            index,
+            batch_size=self.run.training.batch_size,
+            order=self.run.data.order,
+            seed=self.run.seed,
+        )
+
+    def evaluate(self, state: step.TrainState) -> float:
+        return 0.0
+
+    def save(self, state: step.TrainState, progress: Progress, *, best: bool) -> None:
+        pass
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.loss = metrics["train/loss"]
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+def main(path: str) -> None:
+    """Does one step, says READY, then as many steps as each line asks for."""
+    backend.prepare()
+    settings = json.loads(Path(path).read_text())
+    run = config.load(Path(settings["config"]))
+    texts = given.load_windows(Path(settings["windows"]))
+    joined = parts.assemble(run, texts)
+    train_step = jax.jit(
+        step.make_train_step(
+            joined.network,
+            joined.optimizer,
+            joined.learning_rate,
+            micro_batches=joined.micro_batches,
+            mask_documents=run.data.mask_documents,
+        ),
+        donate_argnums=0,
+    )
+    state = jax.jit(lambda: step.init(joined.network, joined.optimizer, run.seed))()
+    weights = np.load(settings["weights"])
+    state = state._replace(params={name: jnp.array(weights[name]) for name in weights})
+    surroundings = Surroundings(run, texts.train)
+    progress = Progress()
+    done = 0
+
+    def steps(count: int) -> float:
+        """The last one's loss."""
+        nonlocal state, progress, done
+        done += count
+        plan = dataclasses.replace(
+            joined.plan, total_steps=done, eval_every=None, checkpoint_every=done, log_every=1
+        )
+        state, progress = loop.fit(state, progress, train_step, plan, surroundings)
+        return surroundings.loss
+
+    facts = {
+        "first_loss": steps(1),
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "device": backend.describe_device(),
+        "float32_matmul": jax.config.jax_default_matmul_precision or "default",
+        "micro_batches": joined.micro_batches,
+        "parameters": num_parameters(state.params),
+    }
+    print("READY " + json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        count = int(line)
+        started = time.perf_counter()
+        loss = steps(count)
+        jax.block_until_ready(state)
+        seconds = (time.perf_counter() - started) / count
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        answer = {"seconds": seconds, "loss": loss, "steps": done, "device_bytes": peak}
+        print("R " + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

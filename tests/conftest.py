@@ -1,0 +1,112 @@
+"""A small true world: a corpus of made sentences, a tiny model, the real command.
+
+Everything here goes the path that users go; only sizes are small.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+HN_TITLES = REPOSITORY.parent / "shared" / "data" / "hn_titles.txt"
+
+_CACHE = "MAINRUN_CACHE_DIR"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for name in [n for n in os.environ if n.startswith("WANDB_")]:
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compilations and corpora are cached for this session only, not in the user's folder."""
+    from mainrun.training import backend
+
+    before = os.environ.get(_CACHE)
+    # The workers of one session share it: what one has compiled, the other need not.
+    os.environ[_CACHE] = str(tmp_path_factory.getbasetemp().parent / "mainrun-cache")
+    backend.prepare()
+    yield
+    os.environ.pop(_CACHE)
+    if before is not None:
+        os.environ[_CACHE] = before
+
+
+@pytest.fixture(scope="session")
+def hn_titles() -> Path:
+    """Real Hacker News titles, where the file lies beside the checkout."""
+    if not HN_TITLES.is_file():
+        pytest.skip("../shared/data/hn_titles.txt is not there")
+    return HN_TITLES
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 sentences that a grammar makes: learnable, and nobody's text."""
+    draw = random.Random(0)
+    nouns = ["parser", "socket", "kernel", "editor", "compiler", "browser", "garden", "theorem"]
+    verbs = ["explains", "rewrites", "breaks", "measures", "forgets", "outgrows"]
+    lines = [
+        f"{draw.choice(['A', 'The', 'Every'])} {draw.choice(nouns)} {draw.choice(verbs)} "
+        f"{draw.choice(['a', 'its', 'the'])} {draw.choice(nouns)} in {draw.randint(1, 2030)}"
+        for _ in range(300)
+    ]
+    path = tmp_path_factory.mktemp("corpus") / "sentences.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path) -> list[str]:
+    """Overrides that make any config small: a second of training."""
+    return [
+        f"data.source=file:{corpus}",
+        "data.num_documents=null",
+        "data.context_length=16",
+        "data.order=shuffled",
+        "tokenizer.vocab_size=320",
+        "model.d_model=16",
+        "model.num_layers=2",
+        "model.mlp.hidden=32",
+        "model.attention.num_heads=2",
+        "optimizer.learning_rate=3e-3",
+        "training.batch_size=8",
+        "training.max_steps=40",
+        "training.evals_per_epoch=4",
+        "training.checkpoint.every.steps=6",
+        "training.num_samples=1",
+        "tracking.wandb=disabled",
+    ]
+
+
+Mainrun = Callable[..., subprocess.CompletedProcess[str]]
+
+COMMAND = [str(Path(sys.executable).with_name("mainrun"))]
+
+
+@pytest.fixture(scope="session")
+def mainrun() -> Mainrun:
+    """The real command in a process of its own; `code` is the exit code that is expected."""
+
+    def run(*arguments: object, code: int = 0, **options: object) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [*COMMAND, *map(str, arguments)], capture_output=True, text=True, **options
+        )
+        assert done.returncode == code, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny: list[str], mainrun: Mainrun
+) -> Path:
+    """A run folder of a tiny run that was never interrupted. Read it, do not change it."""
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    mainrun("train", *tiny, "--run-dir", run_dir)
+    return run_dir

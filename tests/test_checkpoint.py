@@ -1,0 +1,116 @@
+"""Saved and restored bit for bit; damage is noticed; the newest and the best stay."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mainrun.errors import RunFailed
+from mainrun.training.checkpoint import Checkpoints, Progress
+from mainrun.training.step import TrainState
+
+
+def state(step: int) -> TrainState:
+    draw = np.random.default_rng(step)
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params={"a.kernel": jnp.asarray(draw.normal(size=(3, 4)), jnp.float32)},
+        opt_state=({"mu": jnp.asarray(draw.normal(size=5), jnp.bfloat16)}, jnp.asarray(step)),
+        key=jnp.array([step, 2**31 + step], jnp.uint32),
+    )
+
+
+ABSTRACT = jax.eval_shape(lambda: state(0))
+
+
+def assert_same(one: TrainState, other: TrainState) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def save(folder: Path, steps: range, best: int = -1, keep: int = 2) -> None:
+    with Checkpoints(folder, keep=keep) as saved:
+        for step in steps:
+            progress = Progress(best_step=best if step >= best else -1, train_seconds=step / 3)
+            saved.save(step, state(step), progress)
+
+
+def test_a_restored_state_is_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
+    save(tmp_path, range(3, 5))
+    with Checkpoints(tmp_path, keep=2) as saved:
+        restored, damaged = saved.restore_newest(ABSTRACT)
+    assert restored is not None
+    assert (restored.step, damaged) == (4, [])
+    assert_same(restored.state, state(4))
+    assert restored.progress.train_seconds == 4 / 3
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, range(1, 8), best=3)
+    with Checkpoints(tmp_path, keep=2) as saved:
+        assert saved.steps() == [3, 6, 7]
+
+
+def test_parameters_can_be_read_alone(tmp_path: Path) -> None:
+    save(tmp_path, range(1, 2))
+    with Checkpoints(tmp_path, keep=2) as saved:
+        params = saved.restore_params(1, ABSTRACT.params)
+    np.testing.assert_array_equal(params["a.kernel"], state(1).params["a.kernel"])
+
+
+def test_the_state_may_change_while_it_is_being_written(tmp_path: Path) -> None:
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + x.dtype.type(1), s), donate_argnums=0)
+    with Checkpoints(tmp_path, keep=2) as saved:
+        saved.save(1, state(1), Progress())
+        step(state(1))
+        restored, _ = saved.restore_newest(ABSTRACT)
+    assert restored is not None
+    assert_same(restored.state, state(1))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "record"])
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(
+    tmp_path: Path, damage: str
+) -> None:
+    save(tmp_path, range(1, 3))
+    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
+    if damage == "record":
+        (tmp_path / "2" / "record" / "metadata").write_text("{")
+    for path in files:
+        if damage == "remove" and "params" in path.parts and path.name == "manifest.ocdbt":
+            path.unlink()
+        if path.parent.name == "d":
+            content = bytearray(path.read_bytes())
+            if damage == "flip":
+                content[len(content) // 2] ^= 1
+            path.write_bytes(content[: len(content) // 2] if damage == "truncate" else content)
+    with Checkpoints(tmp_path, keep=2) as saved:
+        restored, damaged = saved.restore_newest(ABSTRACT)
+        assert restored is not None
+        assert restored.step == 1
+        assert_same(restored.state, state(1))
+        assert len(damaged) == 1
+        assert damaged[0].startswith("step 2:")
+        assert saved.steps() == [1]
+        saved.save(2, state(2), Progress())  # its place is free again
+
+
+def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as saved:
+        assert saved.restore_newest(ABSTRACT) == (None, [])
+
+
+def test_a_folder_that_cannot_take_it_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    with Checkpoints(tmp_path, keep=2) as saved:
+        full = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+        with pytest.raises(RunFailed, match="no space left for the checkpoint of step 1"):
+            saved.save(1, state(1), Progress())

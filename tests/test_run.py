@@ -1,0 +1,280 @@
+"""The whole path: config to run folder; stopped, killed and resumed it ends the same."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mainrun import config as configs
+from mainrun.record import WALL_CLOCK, metrics, read_events
+from tests.conftest import COMMAND, Mainrun
+
+
+def parameters(run_dir: Path) -> dict[str, np.ndarray]:
+    """Of the newest checkpoint, read with Orbax itself."""
+    import orbax.checkpoint as ocp
+
+    newest = max((run_dir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    return ocp.StandardCheckpointer().restore((newest / "params").resolve())
+
+
+def reproducible_table(run_dir: Path) -> list[dict[str, str]]:
+    """metrics.csv without the columns that a clock or a memory gauge decides."""
+    header, *rows = (run_dir / "metrics.csv").read_text().splitlines()
+    names = header.split(",")
+    return [
+        {n: v for n, v in zip(names, row.split(","), strict=True) if not n.startswith(WALL_CLOCK)}
+        for row in rows
+    ]
+
+
+def assert_same_end(run_dir: Path, expected: Path) -> None:
+    ours, theirs = parameters(run_dir), parameters(expected)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    assert reproducible_table(run_dir) == reproducible_table(expected)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_until(process: subprocess.Popen, happened: Callable[[], bool]) -> bool:
+    """True once it happened, False if the process ended before."""
+    while process.poll() is None:
+        if happened():
+            return True
+        time.sleep(0.002)  # a poll; nothing depends on its length
+    return False
+
+
+def events(run_dir: Path) -> list[dict]:
+    path = run_dir / "events.jsonl"
+    return read_events(path) if path.is_file() else []
+
+
+def size(run_dir: Path) -> int:
+    path = run_dir / "events.jsonl"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def kill_and_resume(run_dir: Path, tiny: list[str], kills: int, seed: int) -> int:
+    """Train with SIGKILL at random points of the record; how many kills hit a living process."""
+    draw, hits = random.Random(seed), 0
+    command: list[object] = ["train", *tiny, "--run-dir", run_dir]
+    for _ in range(kills):
+        # The smallest piece of the record is a step of some 300 bytes.
+        until = size(run_dir) + draw.randint(1, 4000)
+        process = start(*command)
+        if wait_until(process, lambda: size(run_dir) >= until):  # noqa: B023
+            process.kill()
+            hits += 1
+        process.communicate()
+        command = ["resume", run_dir]
+    return hits
+
+
+def test_a_run_folder_holds_what_the_readme_says(finished_run: Path) -> None:
+    names = {path.name for path in finished_run.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "environment.json",
+        "events.jsonl",
+        "metrics.csv",
+        "tokenizer.json",
+        "checkpoints",
+        "summary.json",
+        "summary.md",
+        "plots",
+    }
+    assert json.loads((finished_run / "summary.json").read_text())["status"] == "finished"
+    assert configs.load(finished_run / "config.yaml").model.d_model == 16
+
+
+def test_training_lowers_the_validation_loss(finished_run: Path) -> None:
+    losses = [row["val/loss"] for row in metrics(events(finished_run)) if "val/loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_newest_and_best_checkpoints_are_kept_and_no_others(finished_run: Path) -> None:
+    rows = metrics(events(finished_run))
+    best = min((r for r in rows if "val/loss" in r), key=lambda r: r["val/loss"])["step"]
+    kept = {int(path.name) for path in (finished_run / "checkpoints").iterdir()}
+    assert len(kept) in (2, 3)
+    assert {40, best} <= kept
+
+
+def test_a_killed_run_ends_as_if_never_interrupted(
+    tmp_path: Path, tiny: list[str], finished_run: Path, mainrun: Mainrun
+) -> None:
+    assert kill_and_resume(tmp_path / "run", tiny, kills=2, seed=0) > 0
+    mainrun("resume", tmp_path / "run")
+    assert_same_end(tmp_path / "run", finished_run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_at_random_moments_change_nothing(
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+) -> None:
+    long = [*tiny, "training.max_steps=300", "optimizer.kind=adamw"]
+    mainrun("train", *long, "--run-dir", tmp_path / "whole")
+    assert kill_and_resume(tmp_path / "killed", long, kills=20, seed=1) >= 15
+    mainrun("resume", tmp_path / "killed")
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def _compiling(process: subprocess.Popen, _: Path) -> bool:
+    assert process.stdout is not None
+    return any("compiling" in line for line in iter(process.stdout.readline, ""))
+
+
+def _after(event: str, times: int = 1) -> Callable[[subprocess.Popen, Path], bool]:
+    needle = f'"event": "{event}"'.encode()
+
+    def happened(record: Path) -> bool:
+        return record.is_file() and record.read_bytes().count(needle) >= times
+
+    return lambda process, run_dir: wait_until(process, lambda: happened(run_dir / "events.jsonl"))
+
+
+def _saving(process: subprocess.Popen, run_dir: Path) -> bool:
+    folder = run_dir / "checkpoints"
+    return wait_until(process, lambda: folder.is_dir() and any(folder.glob("*tmp*")))
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        pytest.param(_compiling, signal.SIGTERM, id="in the first compile"),
+        pytest.param(_after("tracking_started"), signal.SIGTERM, id="in the first evaluation"),
+        pytest.param(_after("train_step", 3), signal.SIGTERM, id="in a step"),
+        pytest.param(_after("train_step", 3), signal.SIGINT, id="in a step, by Ctrl-C"),
+        pytest.param(_saving, signal.SIGTERM, id="in a save"),
+    ],
+)
+def test_a_stop_signal_saves_and_exits_75(
+    tmp_path: Path,
+    tiny: list[str],
+    finished_run: Path,
+    mainrun: Mainrun,
+    moment: Callable[[subprocess.Popen, Path], bool],
+    number: signal.Signals,
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start("train", *tiny, "--run-dir", run_dir)
+    assert moment(process, run_dir), "the process ended before the moment came"
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # GitHub sends a second one; it must change nothing
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    assert f"mainrun resume {run_dir}" in told
+    assert events(run_dir)[-1]["event"] == "stopped"
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "stopped"
+    mainrun("resume", run_dir)
+    assert_same_end(run_dir, finished_run)
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(
+    finished_run: Path, mainrun: Mainrun
+) -> None:
+    before = (finished_run / "events.jsonl").read_bytes()
+    assert "is finished" in mainrun("resume", finished_run).stderr
+    assert (finished_run / "events.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    mainrun("resume", run_dir, "training.max_steps=44")
+    assert metrics(events(run_dir))[-1]["step"] == 44
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    _forget_the_end(run_dir)
+    steps = sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+    largest = max((run_dir / "checkpoints" / "40" / "params").rglob("*"), key=_bytes)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(bytes(content))
+    told = mainrun("resume", run_dir).stderr
+    assert "damaged checkpoint left out: step 40" in told
+    resumed = next(e for e in events(run_dir) if e["event"] == "resumed")
+    assert resumed["step"] == steps[-2]
+    assert_same_end(run_dir, finished_run)
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _forget_the_end(run_dir: Path) -> None:
+    """As if the process had died before its last words."""
+    path = run_dir / "events.jsonl"
+    kept = [line for line in path.read_text().splitlines() if '"event": "finished"' not in line]
+    path.write_text("\n".join(kept) + "\n")
+
+
+def test_a_full_disk_fails_with_the_reason_and_spares_the_checkpoint_before(
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("cannot mount a small file system here")
+    run_dir = disk / "run"
+    try:
+        process = start("train", *tiny, "training.max_steps=100000", "--run-dir", run_dir)
+        assert _after("checkpoint_saved", 2)(process, run_dir)
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
+        told, _ = process.communicate(timeout=120)
+        copied = shutil.copytree(run_dir, tmp_path / "copy")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert process.returncode == 1, told
+    assert "no space left" in told.splitlines()[-1].lower()
+    assert "Traceback" not in told
+    newest = max(
+        int(path.name) for path in (copied / "checkpoints").iterdir() if path.name.isdigit()
+    )
+    mainrun("resume", copied, f"training.max_steps={newest + 2}")
+    assert next(e for e in events(copied) if e["event"] == "resumed")["step"] == newest
+
+
+def test_dry_run_reports_and_leaves_nothing(
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+) -> None:
+    told = mainrun("train", *tiny, "--dry-run", cwd=tmp_path).stdout
+    assert "memory of a step" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_accumulation_changes_no_number_of_a_run(
+    tmp_path: Path, tiny: list[str], finished_run: Path, mainrun: Mainrun
+) -> None:
+    """Dropout included: its keys belong to examples, not to micro-batches."""
+    mainrun("train", *tiny, "training.grad_accumulation=4", "--run-dir", tmp_path / "run")
+    ours, theirs = (metrics(events(d)) for d in (tmp_path / "run", finished_run))
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("train/loss", "val/loss"):
+            # float32 sums in another order, after up to 40 steps
+            assert mine.get(name) == pytest.approx(other.get(name), abs=2e-5)
