@@ -105,7 +105,7 @@ def lines(event: str, step: int | None, fields: Mapping[str, Any]) -> list[str]:
         case "samples":
             texts = fields["texts"]
             return [f"sample{at}: {_shortened(text)}" for text in texts]
-        case "checkpoint_saved":
+        case "checkpoint":
             best = " (the best so far)" if fields.get("best") else ""
             return [f"checkpoint{at}: {fields.get('path', 'saved')}{best}"]
         case "warning":

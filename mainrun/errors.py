@@ -6,6 +6,11 @@ traceback.
 """
 
 
+def one_line(error: BaseException) -> str:
+    """What the error says, without line breaks, for a message of ours that quotes it."""
+    return " ".join(str(error).split())
+
+
 class UserError(ValueError):
     """The user's mistake, found before any work: value, place, remedy in one line. Exit code 2."""
 

@@ -5,7 +5,6 @@ are opened and closed. Whatever the user got wrong is found before the folder is
 """
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from tokenizers import Tokenizer
 from mainrun import config as configs
 from mainrun import memory, parts, stop
 from mainrun.config import Config
-from mainrun.data import batches, tokenizers
+from mainrun.data import batches, sources, tokenizers
 from mainrun.data.batches import Batch
 from mainrun.environment import write_environment
 from mainrun.errors import Stopped, UserError
@@ -28,6 +27,7 @@ from mainrun.model.generate import generate
 from mainrun.model.gpt import num_parameters
 from mainrun.parts import Parts
 from mainrun.record import read_events
+from mainrun.summary import resume_command
 from mainrun.tracking import Tracker, check_wandb, open_tracker
 from mainrun.training import backend, evaluate, step
 from mainrun.training.checkpoint import Checkpoints, Progress
@@ -52,6 +52,7 @@ class Compiled:
 def train(config: Config, run_dir: Path, *, command: Sequence[str]) -> None:
     """Train in a new run folder. Raises UserError, RunFailed or Stopped."""
     with stop.listening() as stopping:
+        config = _with_pinned_data(config)
         joined, compiled = _prepare(config)
         _create(run_dir, config, joined.texts, command)
         with (
@@ -123,10 +124,6 @@ def new_run_dir(root: Path, config_path: Path | None) -> Path:
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{stem}"
     taken = (root / f"{name}-{n}" if n > 1 else root / name for n in range(1, 1000))
     return next(path for path in taken if not path.exists())
-
-
-def resume_command(run_dir: Path, overrides: Sequence[str] = ()) -> str:
-    return shlex.join(["mainrun", "resume", str(run_dir), *overrides])
 
 
 class _Run:
@@ -208,7 +205,7 @@ class _Run:
     def save(self, state: TrainState, progress: Progress, *, best: bool) -> None:
         number = int(state.step)
         self._saved.save(number, state, progress)
-        self._tracker.log("checkpoint_saved", number, best=best, path=f"checkpoints/{number}")
+        self._tracker.log("checkpoint", number, best=best, path=f"checkpoints/{number}")
 
     def log_step(self, number: int, metrics: dict[str, float]) -> None:
         self._tracker.log("train_step", number, **metrics)
@@ -250,6 +247,11 @@ def _prepare(
     compiled = _compile(config, joined)
     memory.check_fits(compiled.step_bytes, backend.memory_limit_bytes())
     return joined, compiled
+
+
+def _with_pinned_data(config: Config) -> Config:
+    """The config with the commit of its hub data set, so that resuming reads the same anywhere."""
+    return replace(config, data=replace(config.data, revision=sources.revision(config.data)))
 
 
 def _compile(config: Config, joined: Parts) -> Compiled:

@@ -79,8 +79,8 @@ def summary(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str, Any
     }
 
 
-def resume_command(run_dir: Path) -> str:
-    return f"mainrun resume {shlex.quote(str(run_dir))}"
+def resume_command(run_dir: Path, overrides: Sequence[str] = ()) -> str:
+    return shlex.join(["mainrun", "resume", str(run_dir), *overrides])
 
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from mainrun import plots, summary
 from mainrun.config import Config, as_dict
 from mainrun.console import Console
 from mainrun.environment import secret_values, without_secrets
-from mainrun.errors import RunFailed, Stopped, UserError
+from mainrun.errors import RunFailed, Stopped, UserError, one_line
 from mainrun.record import Record, Table, metric_fields, read_events
 
 Mode = Literal["online", "offline", "disabled"]
@@ -70,7 +70,7 @@ class Tracker:
                 self._wandb = _Wandb(run_dir, config, attempt, run_id, self._secrets)
                 break
             except Exception as error:  # a guest's trouble, whatever it is
-                troubles.append(f"Weights & Biases, {attempt}: {_one_line(error)}")
+                troubles.append(f"Weights & Biases, {attempt}: {_named(error)}")
         address = self._wandb.address if self._wandb else {"wandb": "disabled"}
         self.log("tracking_started", **address)
         for trouble in troubles:
@@ -90,7 +90,7 @@ class Tracker:
                 self._warned_of_wandb = True
                 self.log(
                     "warning",
-                    message=f"Weights & Biases: {_one_line(error)}; the run goes on, "
+                    message=f"Weights & Biases: {_named(error)}; the run goes on, "
                     f"and what was not sent can be: {self._wandb.sync_command}",
                 )
 
@@ -168,7 +168,7 @@ def _end(tracker: Tracker, console: Console, run_dir: Path, error: BaseException
             last_work()
         except Exception as trouble:
             with contextlib.suppress(RunFailed):
-                tracker.log("warning", message=f"after the end: {_one_line(trouble)}")
+                tracker.log("warning", message=f"after the end: {_named(trouble)}")
     console.close()
     with contextlib.suppress(OSError):
         sys.stdout.write("".join(f"{line}\n" for line in result))
@@ -340,9 +340,9 @@ def _plain(value: Any, secrets: Mapping[str, str]) -> Any:
 def _reason(error: BaseException) -> str:
     if isinstance(error, (RunFailed, UserError)):
         return str(error)
-    return _one_line(error)
+    return _named(error)
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def _named(error: BaseException) -> str:
+    text = one_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

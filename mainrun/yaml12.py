@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mainrun.errors import UserError
+from mainrun.errors import UserError, one_line
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -22,7 +22,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the config file is not UTF-8 text") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from error
     if root is None:
         return {}, {}
     if not isinstance(root, yaml.MappingNode):
@@ -31,7 +31,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         tree = _plain(root, "", lines)
     except ValueError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
     return tree, {key: f"{path}:{line}" for key, line in lines.items()}
 
 
@@ -40,7 +40,7 @@ def parse(text: str) -> Any:
     try:
         return _plain(yaml.compose(text, Loader=_Loader), "", {})
     except yaml.YAMLError as error:
-        raise ValueError(f"not a YAML value: {_one_line(error)}") from error
+        raise ValueError(f"not a YAML value: {one_line(error)}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,7 +94,3 @@ def _plain(node: yaml.Node | None, path: str, lines: dict[str, int]) -> Any:
             return [_plain(item, path, lines) for item in node.value]
         case _:
             return _Loader("").construct_object(node)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -132,8 +132,8 @@ def test_an_evaluation_is_told_with_its_units():
 @pytest.mark.parametrize(
     ("event", "step", "fields", "expected"),
     [
-        ("checkpoint_saved", 7, {"best": False, "path": "p/7"}, ["checkpoint at step 7: p/7"]),
-        ("checkpoint_saved", 7, {"best": True}, ["checkpoint at step 7: saved (the best so far)"]),
+        ("checkpoint", 7, {"best": False, "path": "p/7"}, ["checkpoint at step 7: p/7"]),
+        ("checkpoint", 7, {"best": True}, ["checkpoint at step 7: saved (the best so far)"]),
         ("resumed", 7, {"overrides": ["a.b=1"]}, ["resumed at step 7, a.b=1"]),
         ("tracking_started", None, {"wandb": "disabled"}, []),
         ("of_tomorrow", 3, {"n": 1, "who": "x"}, ["of tomorrow at step 3: n 1, who x"]),

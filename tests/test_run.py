@@ -244,7 +244,7 @@ def test_a_full_disk_fails_with_the_reason_and_spares_the_checkpoint_before(
     run_dir = disk / "run"
     try:
         process = start("train", *tiny, "training.max_steps=100000", "--run-dir", run_dir)
-        assert _after("checkpoint_saved", 2)(process, run_dir)
+        assert _after("checkpoint", 2)(process, run_dir)
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
         told, _ = process.communicate(timeout=120)
         copied = shutil.copytree(run_dir, tmp_path / "copy")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mainrun.errors import UserError
+from mainrun.errors import UserError, one_line
 
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")  # the first that a data set has is read
 
@@ -132,6 +132,5 @@ def _parquet_values(path: Path, field: str, place: str) -> list[str]:
                 raise UserError(f"{place}: field {field!r} is {kind}, not text")
             values = file.read(columns=[field]).column(0).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{place}: not a readable Parquet file ({reason})") from error
+        raise UserError(f"{place}: not a readable Parquet file ({one_line(error)})") from error
     return [value for value in values if value is not None]

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from mainrun.data import cache, files
-from mainrun.errors import UserError
+from mainrun.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -89,7 +89,7 @@ def _client(name: str, revision: str | None) -> Iterator["HfApi"]:
     try:
         yield HfApi()
     except errors.HFValidationError as error:
-        raise UserError(f"{place}: not a data set's name ({_one_line(error)})") from error
+        raise UserError(f"{place}: not a data set's name ({one_line(error)})") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{place}: it has no data.revision={revision}") from error
     except errors.GatedRepoError as error:
@@ -107,7 +107,7 @@ def _client(name: str, revision: str | None) -> Iterator["HfApi"]:
         errors.XetDownloadError,
     ) as error:
         raise UserError(
-            f"{place}: {constants.ENDPOINT} cannot be reached ({_one_line(error)}); {_INSTEAD}"
+            f"{place}: {constants.ENDPOINT} cannot be reached ({one_line(error)}); {_INSTEAD}"
         ) from error
     except OSError as error:
         raise UserError(f"{place}: cannot be stored ({error.strerror or error})") from error
@@ -157,7 +157,3 @@ def _split_at(name: str, split: str) -> int | None:
         if split in re.split("[^a-z]+", part):
             return i
     return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -17,7 +17,7 @@ from jaxtyping import Int32, Integer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mainrun import config
-from mainrun.errors import UserError
+from mainrun.errors import UserError, one_line
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SPECIAL = [PAD, EOS, UNK]  # in the order of their ids
@@ -52,7 +52,7 @@ def load(path: Path) -> Tokenizer:
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer ({error.strerror})") from error
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not a tokenizer.json ({one_line(error)})") from error
     if [tokenizer.id_to_token(i) for i in range(len(SPECIAL))] != SPECIAL:
         raise UserError(f"{path}: not a tokenizer of mainrun: ids 0, 1, 2 are not {SPECIAL}")
     return _as_plain_text(tokenizer)

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mainrun.errors import RunFailed
+from mainrun.errors import RunFailed, one_line
 from mainrun.model.gpt import Params
 from mainrun.training.step import TrainState
 
@@ -27,6 +27,8 @@ absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax tells at length what it 
 
 
 _METADATA_BYTES = 2**20  # that a checkpoint may take besides its arrays
+
+_SHOWN_CHARACTERS = 200  # of what Orbax says, which can be pages
 
 _SEPARATOR = "|"  # parameter names have dots, and a slash would make folders
 
@@ -120,7 +122,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax raises what its writer threads met, of any type
             full = "No space left on device"
-            reason = full if full in str(error) else _first_line(error)
+            reason = full if full in str(error) else one_line(error)[:_SHOWN_CHARACTERS]
             raise RunFailed(
                 f"the checkpoint of step {self._writing} could not be written: {reason}"
             ) from error
@@ -132,7 +134,7 @@ class Checkpoints:
             try:
                 state, progress = self.restore(step, like)
             except Exception as error:  # damage has many shapes: missing files, bad bytes, JSON
-                damaged.append(f"step {step}: {_first_line(error)}")
+                damaged.append(f"step {step}: {one_line(error)[:_SHOWN_CHARACTERS]}")
                 self._manager.delete(step)
                 continue
             self._best_step = progress.best_step
@@ -208,7 +210,3 @@ def _split(named: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

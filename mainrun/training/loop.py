@@ -94,6 +94,7 @@ class _Pipeline:
         self._train_seconds = train_seconds
         self._waiting: tuple[int, Metrics] | None = None
         self._since = 0.0  # when the device began with the step that is waited for
+        self._unlogged_steps, self._unlogged_seconds = 0, 0.0
 
     def dispatch(self, step: int, state: TrainState, train_step: TrainStep) -> TrainState:
         started = time.perf_counter()
@@ -119,6 +120,8 @@ class _Pipeline:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._train_seconds += seconds
+        self._unlogged_steps += 1
+        self._unlogged_seconds += seconds
         loss = float(metrics.loss)
         if not math.isfinite(loss) or not math.isfinite(float(metrics.grad_norm)):
             raise RunFailed(
@@ -126,14 +129,16 @@ class _Pipeline:
                 "training diverged; lower optimizer.learning_rate or lengthen schedule.warmup"
             )
         if step % self._plan.log_every == 0 or step == self._plan.total_steps:
+            mean_seconds = self._unlogged_seconds / self._unlogged_steps
+            self._unlogged_steps, self._unlogged_seconds = 0, 0.0
             self._run.log_step(
                 step,
                 {
                     "train/loss": loss,
                     "optimizer/learning_rate": float(metrics.learning_rate),
                     "optimizer/grad_norm": float(metrics.grad_norm),
-                    "perf/step_ms": seconds * 1e3,
-                    "perf/tokens_per_second": self._plan.tokens_per_step / seconds,
+                    "perf/step_ms": 1e3 * mean_seconds,
+                    "perf/tokens_per_second": self._plan.tokens_per_step / mean_seconds,
                     "perf/peak_memory_bytes": peak_memory_bytes(),
                     "elapsed_seconds": self._train_seconds,
                 },

@@ -1,0 +1,43 @@
+"""How batches are cut, and what is said of the machine."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mainrun import memory
+from mainrun.errors import UserError
+from mainrun.training import backend
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "context_length", "at_least", "expected"),
+    [
+        (64, 128, 1, 8),  # 1,024 tokens each
+        (64, 128, 16, 16),
+        (8, 128, 1, 1),
+        (12, 256, 1, 3),
+        (7, 512, 1, 7),  # no divisor fits: single sequences
+        (4, 4096, 1, 4),  # one sequence is more than that
+        (4, 4096, 4, 4),
+    ],
+)
+def test_a_cpu_takes_micro_batches_of_a_thousand_tokens(
+    batch_size: int, context_length: int, at_least: int, expected: int
+) -> None:
+    assert backend.micro_batches(batch_size, context_length, at_least=at_least) == expected
+
+
+def test_peak_memory_is_the_processs_own_and_not_its_parents() -> None:
+    program = "from mainrun.training import backend; print(backend.peak_memory_bytes())"
+    ballast = bytearray(os.urandom(1)) * (2**30)  # the parent's, while the child runs
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert 50 * 2**20 < int(done.stdout) < len(ballast)
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_remedy() -> None:
+    memory.check_fits(90, 100)
+    memory.check_fits(2**60, None)
+    with pytest.raises(UserError, match=r"needs 3.00 GiB, the device has 2.00 GiB: raise training"):
+        memory.check_fits(3 * 2**30, 2 * 2**30)
