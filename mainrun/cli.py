@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Stopped:
         return 75
+    except KeyboardInterrupt:
+        print("mainrun: interrupted before there was anything to save", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -60,8 +63,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(run.dry_run(settings))
         return
-    run_dir = options.run_dir or run.new_run_dir(Path("runs"), path)
-    run.train(settings, run_dir, command=options.command_line)
+    run.train(settings, options.run_dir, path.stem, command=options.command_line)
 
 
 def _resume(options: argparse.Namespace) -> None:

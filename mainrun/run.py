@@ -4,20 +4,17 @@ The world is met here: the folder is made, signals are listened to, the tracker 
 are opened and closed. Whatever the user got wrong is found before the folder is touched.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from mainrun import config as configs
-from mainrun import memory, parts, stop
+from mainrun import folder, memory, parts, stop
 from mainrun.config import Config
 from mainrun.data import batches, sources, tokenizers
 from mainrun.data.batches import Batch
@@ -25,19 +22,15 @@ from mainrun.environment import write_environment
 from mainrun.errors import Stopped, UserError
 from mainrun.model.generate import generate
 from mainrun.model.gpt import num_parameters
-from mainrun.parts import Parts
-from mainrun.record import read_events
+from mainrun.parts import Parts, Texts
 from mainrun.summary import resume_command
 from mainrun.tracking import Tracker, check_wandb, open_tracker
 from mainrun.training import backend, evaluate, step
-from mainrun.training.checkpoint import Checkpoints, Progress
+from mainrun.training.checkpoint import Checkpoints, Progress, Restored
 from mainrun.training.loop import fit
 from mainrun.training.step import TrainState, TrainStep
 
 _SAMPLE_TOKENS = 32
-
-_FIXED = ("seed", "data", "tokenizer", "model", "optimizer.kind", "training.batch_size")
-"""What a resumed run cannot change: weights, moments and the order of the data depend on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +42,25 @@ class Compiled:
     step_bytes: int
 
 
-def train(config: Config, run_dir: Path, *, command: Sequence[str]) -> None:
-    """Train in a new run folder. Raises UserError, RunFailed or Stopped."""
+def train(config: Config, run_dir: Path | None, name: str, *, command: Sequence[str]) -> None:
+    """Train in a new run folder, `run_dir` or one named after date and `name`.
+
+    Raises UserError, RunFailed or Stopped.
+    """
+    config = _with_pinned_data(config)
+    texts = _read_texts(config)
+    # Only now: until there is something to save, a signal simply ends the process.
     with stop.listening() as stopping:
-        config = _with_pinned_data(config)
-        joined, compiled = _prepare(config)
-        _create(run_dir, config, joined.texts, command)
+        joined, compiled = _assemble(config, texts)
+        run_dir = folder.create(
+            run_dir,
+            name,
+            config,
+            texts.tokenizer,
+            data_fingerprint=texts.fingerprint,
+            device=backend.describe_device(),
+            command=command,
+        )
         with (
             open_tracker(run_dir, config, total_steps=joined.plan.total_steps) as tracker,
             Checkpoints(run_dir / "checkpoints", keep=config.training.checkpoint.keep) as saved,
@@ -70,35 +76,48 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
 
     A finished run is told so and left alone. Raises UserError, RunFailed or Stopped.
     """
+    config = folder.config_to_resume(run_dir, overrides)
+    if not overrides and folder.is_finished(run_dir):
+        _say(f"{run_dir} is finished: nothing is left to do")
+        return
+    texts = _read_texts(config, tokenizers.load(run_dir / "tokenizer.json"))
+    if texts.fingerprint != (trained_on := folder.data_fingerprint(run_dir)):
+        raise UserError(
+            f"data.source={config.data.source} is not what the run was trained on (fingerprint "
+            f"{texts.fingerprint[:12]}, not {trained_on[:12]}): resume with the data it had"
+        )
     with stop.listening() as stopping:
-        config = _stored_config(run_dir, overrides)
-        if not overrides and _is_finished(run_dir):
-            _say(f"{run_dir} is finished: nothing is left to do")
-            return
-        tokenizer = tokenizers.load(run_dir / "tokenizer.json")
-        joined, compiled = _prepare(config, tokenizer, fingerprint=_fingerprint(run_dir))
-        like = jax.eval_shape(lambda: _initial(config, joined))
-        with Checkpoints(run_dir / "checkpoints", keep=config.training.checkpoint.keep) as saved:
-            restored, damaged = saved.restore_newest(like)
-            start = restored.step if restored else 0
-            with open_tracker(
+        joined, compiled = _assemble(config, texts)
+        restored, damaged = _newest(run_dir, jax.eval_shape(lambda: _initial(config, joined)))
+        start = restored.step if restored else 0
+        with (
+            open_tracker(
                 run_dir, config, total_steps=joined.plan.total_steps, resume_step=start
-            ) as tracker:
-                for reason in damaged:
-                    tracker.log("warning", message=f"damaged checkpoint left out: {reason}")
-                tracker.log("resumed", start, overrides=list(overrides), damaged=damaged)
-                _write_environment(run_dir, joined.texts, command)
-                state = restored.state if restored else jax.jit(lambda: _initial(config, joined))()
-                progress = restored.progress if restored else Progress()
-                again = resume_command(run_dir, overrides)
-                run = _Run(config, joined, tracker, saved, stopping, again)
-                run.go(state, progress, compiled.train_step)
+            ) as tracker,
+            Checkpoints(run_dir / "checkpoints", keep=config.training.checkpoint.keep) as saved,
+        ):
+            saved.discard_after(restored.step if restored else -1)
+            for reason in damaged:
+                tracker.log("warning", message=f"damaged checkpoint left out: {reason}")
+            tracker.log("resumed", start, overrides=list(overrides), damaged=damaged)
+            write_environment(
+                run_dir,
+                command=command,
+                devices=[backend.describe_device()],
+                data_fingerprint=texts.fingerprint,
+            )
+            state = restored.state if restored else jax.jit(lambda: _initial(config, joined))()
+            progress = restored.progress if restored else Progress()
+            again = resume_command(run_dir, overrides)
+            run = _Run(config, joined, tracker, saved, stopping, again)
+            run.go(state, progress, compiled.train_step)
 
 
 def dry_run(config: Config) -> str:
     """Everything up to the first step; a report of what a run would be and need."""
-    joined, compiled = _prepare(config)
-    texts, plan = joined.texts, joined.plan
+    texts = _read_texts(config)
+    joined, compiled = _assemble(config, texts)
+    plan = joined.plan
     shapes = jax.eval_shape(lambda: _initial(config, joined))
     limit = backend.memory_limit_bytes()
     rows = [
@@ -116,14 +135,6 @@ def dry_run(config: Config) -> str:
         ("compilation", f"{compiled.seconds:.1f} s"),
     ]  # fmt: skip
     return "\n".join(f"{name:16} {value}" for name, value in rows)
-
-
-def new_run_dir(root: Path, config_path: Path | None) -> Path:
-    """`root/<date>-<time>-<config>`, with a number behind it if that exists."""
-    stem = config_path.stem if config_path else "defaults"
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{stem}"
-    taken = (root / f"{name}-{n}" if n > 1 else root / name for n in range(1, 1000))
-    return next(path for path in taken if not path.exists())
 
 
 class _Run:
@@ -229,24 +240,30 @@ class _Run:
         return [tokenizers.decode(self._parts.texts.tokenizer, row) for row in np.asarray(tokens)]
 
 
-def _prepare(
-    config: Config, tokenizer: Tokenizer | None = None, *, fingerprint: str | None = None
-) -> tuple[Parts, Compiled]:
-    """Data, network and the compiled step; raises UserError for whatever cannot work."""
+def _read_texts(config: Config, tokenizer: Tokenizer | None = None) -> Texts:
+    """The data, in a process made ready for JAX; UserError for whatever cannot be read."""
     check_wandb(config)
     backend.prepare()
     _say(f"reading {config.data.source}")
-    texts = parts.read_texts(config, tokenizer)
-    if fingerprint is not None and fingerprint != texts.fingerprint:
-        raise UserError(
-            f"data.source={config.data.source} is not what the run was trained on (fingerprint "
-            f"{texts.fingerprint[:12]}, not {fingerprint[:12]}): resume with the data it had"
-        )
+    return parts.read_texts(config, tokenizer)
+
+
+def _assemble(config: Config, texts: Texts) -> tuple[Parts, Compiled]:
+    """Network and optimizer, and the step compiled; UserError for what cannot work or fit."""
     joined = parts.assemble(config, texts)
     _say("compiling the training step")
     compiled = _compile(config, joined)
     memory.check_fits(compiled.step_bytes, backend.memory_limit_bytes())
     return joined, compiled
+
+
+def _newest(run_dir: Path, like: TrainState) -> tuple[Restored | None, list[str]]:
+    """The newest whole checkpoint, read before the record is locked, so nothing is changed."""
+    path = run_dir / "checkpoints"
+    if not path.is_dir():
+        return None, []
+    with Checkpoints(path, read_only=True) as stored:
+        return stored.restore_newest(like)
 
 
 def _with_pinned_data(config: Config) -> Config:
@@ -272,68 +289,6 @@ def _compile(config: Config, joined: Parts) -> Compiled:
 
 def _initial(config: Config, joined: Parts) -> TrainState:
     return step.init(joined.network, joined.optimizer, config.seed)
-
-
-def _create(run_dir: Path, config: Config, texts: parts.Texts, command: Sequence[str]) -> None:
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{run_dir} exists: choose another --run-dir, or resume it") from None
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: cannot be made ({error.strerror})") from error
-    (run_dir / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
-    tokenizers.save(texts.tokenizer, run_dir / "tokenizer.json")
-    _write_environment(run_dir, texts, command)
-
-
-def _write_environment(run_dir: Path, texts: parts.Texts, command: Sequence[str]) -> None:
-    write_environment(
-        run_dir,
-        command=command,
-        devices=[backend.describe_device()],
-        data_fingerprint=texts.fingerprint,
-    )
-
-
-def _stored_config(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """The run's config with the overrides. Raises UserError for what resuming cannot change."""
-    if not (run_dir / "config.yaml").is_file() or not (run_dir / "events.jsonl").is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no config.yaml and events.jsonl")
-    before = configs.load(run_dir / "config.yaml")
-    after = configs.load(run_dir / "config.yaml", overrides)
-    # The data may have moved; that it is the same is checked by its fingerprint.
-    moved = replace(before, data=replace(before.data, source=after.data.source))
-    for path in _FIXED:
-        was, now = (_setting(c, path) for c in (moved, after))
-        if was != now:
-            raise UserError(
-                f"`{path}` of {run_dir} cannot change on resume: train anew with `mainrun train`"
-            )
-    return after
-
-
-def _setting(config: Config, path: str) -> object:
-    value: object = config
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _is_finished(run_dir: Path) -> bool:
-    endings = [e["event"] for e in read_events(run_dir / "events.jsonl")]
-    return bool(endings) and "finished" in endings and "resumed" not in _after_finish(endings)
-
-
-def _after_finish(names: list[str]) -> list[str]:
-    return names[len(names) - 1 - names[::-1].index("finished") :]
-
-
-def _fingerprint(run_dir: Path) -> str:
-    try:
-        record = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-        return str(record["data_fingerprint"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run_dir}/environment.json cannot be read: {error}") from error
 
 
 def _say(text: str) -> None:

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from mainrun import config as configs
-from mainrun import parts
+from mainrun import folder, parts
 from mainrun.config import Config
 from mainrun.data import tokenizers
 from mainrun.errors import UserError
@@ -33,14 +32,15 @@ class Trained:
 
 def load(run_dir: Path, overrides: Sequence[str] = ()) -> Trained:
     """The best checkpoint by `val/loss`, else the newest. Raises UserError where there is none."""
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
+    config = folder.stored_config(run_dir, overrides)
     backend.prepare()
-    config = configs.load(run_dir / "config.yaml", overrides)
     tokenizer = tokenizers.load(run_dir / "tokenizer.json")
     network = parts.build_network(config, tokenizer)
     like = jax.eval_shape(lambda: network.init(jax.random.key(0)))
-    with Checkpoints(run_dir / "checkpoints", keep=config.training.checkpoint.keep) as saved:
+    checkpoints = run_dir / "checkpoints"
+    if not checkpoints.is_dir():
+        raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")
+    with Checkpoints(checkpoints, read_only=True) as saved:
         kept = saved.steps()
         if not kept:
             raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")

@@ -25,7 +25,7 @@ LAYERS = [
     # above this line JAX may be imported
     ["model", "data"],
     ["training"],
-    ["memory", "parts"],
+    ["memory", "parts", "folder"],
     ["run", "trained"],
     ["sweep", "launch", "export", "analysis"],
     ["cli"],

@@ -1,5 +1,6 @@
 """Saved and restored bit for bit; damage is noticed; the newest and the best stay."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -95,6 +96,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(
         assert_same(restored.state, state(1))
         assert len(damaged) == 1
         assert damaged[0].startswith("step 2:")
+        saved.discard_after(1)
         assert saved.steps() == [1]
         saved.save(2, state(2), Progress())  # its place is free again
 
@@ -104,11 +106,21 @@ def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
         assert saved.restore_newest(ABSTRACT) == (None, [])
 
 
+def test_reading_leaves_a_save_in_progress_alone(tmp_path: Path) -> None:
+    save(tmp_path, range(1, 2))
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    with Checkpoints(tmp_path, read_only=True) as reader:
+        assert reader.steps() == [1]
+        assert reader.restore_newest(ABSTRACT)[0] is not None
+    assert (tmp_path / "2.orbax-checkpoint-tmp").is_dir()
+    with Checkpoints(tmp_path, keep=2):
+        pass
+    assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
+
+
 def test_a_folder_that_cannot_take_it_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     with Checkpoints(tmp_path, keep=2) as saved:
         full = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: full)

@@ -78,6 +78,13 @@ def test_a_model_that_cannot_fit_is_refused_before_the_first_step(
     assert "needs" in refusal(capsys, "train", *tiny, *huge)
 
 
+def test_a_run_folder_that_cannot_be_made_is_refused(
+    capsys: pytest.CaptureFixture, tmp_path: Path, tiny: list[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--run-dir" in refusal(capsys, "train", *tiny, "--run-dir", tmp_path / "file" / "run")
+
+
 def test_a_folder_that_is_no_run_is_refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     for command in ("resume", "evaluate", "generate"):
         assert "is no run folder" in refusal(capsys, command, tmp_path)

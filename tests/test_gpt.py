@@ -12,7 +12,7 @@ from mainrun.model.gpt import Network, Params, num_parameters
 VOCAB, CONTEXT = 50, 12
 
 
-def tiny(**changes: object) -> Network:
+def tiny(precision: str = "float32", **changes: object) -> Network:
     settings = config.Gpt(
         d_model=16,
         num_layers=2,
@@ -20,7 +20,6 @@ def tiny(**changes: object) -> Network:
         attention=config.CausalAttention(num_heads=2),
         **changes,
     )
-    precision = "float32"
     return Network(settings, vocab_size=VOCAB, context_length=CONTEXT, precision=precision)
 
 
@@ -115,17 +114,7 @@ def test_a_shorter_prefix_gives_the_same_logits() -> None:
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters() -> None:
     wide = tiny()
-    narrow = Network(
-        config.Gpt(
-            d_model=16,
-            num_layers=2,
-            mlp=config.GeluMlp(hidden=32),
-            attention=config.CausalAttention(num_heads=2),
-        ),
-        vocab_size=VOCAB,
-        context_length=CONTEXT,
-        precision="bfloat16",
-    )
+    narrow = tiny("bfloat16")
     params = wide.init(jax.random.key(0))
     assert {a.dtype for a in narrow.init(jax.random.key(0)).values()} == {jnp.dtype("float32")}
     ours, theirs = narrow.bind(params)(some_tokens()), wide.bind(params)(some_tokens())

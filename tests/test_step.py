@@ -27,8 +27,13 @@ def some_batch(seed: int = 0, rows: int = 8) -> Batch:
     )
 
 
-def make(dropout: float = 0.1, micro_batches: int = 1, mask_documents: bool = False) -> tuple:
-    network = tiny(dropout=dropout)
+def make(
+    dropout: float = 0.1,
+    micro_batches: int = 1,
+    mask_documents: bool = False,
+    precision: str = "float32",
+) -> tuple:
+    network = tiny(dropout=dropout, precision=precision)
     optimizer = optimizers.optimizer(config.AdamW(), CONSTANT, 1.0)
     step = steps.make_train_step(
         network, optimizer, CONSTANT, micro_batches=micro_batches, mask_documents=mask_documents
@@ -102,6 +107,19 @@ def test_ten_steps_compile_once_and_lower_the_loss() -> None:
     assert step._cache_size() == 1
     assert losses[-1] < losses[0] - 0.3
     assert int(state.step) == 10
+
+
+def test_bfloat16_trains_as_float32_does_with_float32_weights() -> None:
+    """Also that every product of the step has a kernel: some fail at run time only on CPUs."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        step, state, _ = make(0.0, micro_batches=2, mask_documents=True, precision=precision)
+        for _ in range(5):
+            state, metrics = step(state, some_batch())
+        assert {a.dtype for a in state.params.values()} == {jnp.dtype("float32")}
+        found[precision] = float(metrics.loss)
+    # The loss is 3.6, computed with 8 bits of mantissa.
+    assert found["bfloat16"] == pytest.approx(found["float32"], abs=0.02)
 
 
 def test_the_same_seed_makes_the_same_state_and_another_another() -> None:

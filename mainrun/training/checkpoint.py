@@ -51,15 +51,21 @@ class Restored:
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run. Use in a `with`: leaving waits for the last save."""
+    """The folder `checkpoints/` of a run. Use in a `with`: leaving waits for the last save.
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    Only who holds the run's record may open it to write: that removes what an interrupted save has
+    left, and would take a living one's for it.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
         self._folder = folder
         self._best_step = -1
         self._writing = -1
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, lambda: self._best_step),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
@@ -128,16 +134,14 @@ class Checkpoints:
             ) from error
 
     def restore_newest(self, like: TrainState) -> tuple[Restored | None, list[str]]:
-        """The newest checkpoint that is whole, and why each newer one is not; those are deleted."""
+        """The newest checkpoint that is whole, and why each newer one is not."""
         damaged: list[str] = []
         for step in reversed(self.steps()):
             try:
                 state, progress = self.restore(step, like)
             except Exception as error:  # damage has many shapes: missing files, bad bytes, JSON
                 damaged.append(f"step {step}: {one_line(error)[:_SHOWN_CHARACTERS]}")
-                self._manager.delete(step)
                 continue
-            self._best_step = progress.best_step
             return Restored(step, state, progress), damaged
         return None, damaged
 
@@ -175,6 +179,12 @@ class Checkpoints:
             if _checksum(array) != record["checksums"][name]:
                 raise ValueError(f"{name} does not match its checksum")
         return arrays, Progress(**record["progress"])
+
+    def discard_after(self, step: int) -> None:
+        """Delete newer checkpoints, which are damaged, so that their steps can be saved again."""
+        for newer in self.steps():
+            if newer > step:
+                self._manager.delete(newer)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

@@ -1,0 +1,111 @@
+"""The folder of a run on disk: made whole or not at all, and what it says of its run.
+
+Training adds the record, the checkpoints and the views of them; here is what stands before the
+first step and never changes after: config, tokenizer, environment.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mainrun import config as configs
+from mainrun.config import Config
+from mainrun.data import tokenizers
+from mainrun.environment import write_environment
+from mainrun.errors import UserError
+from mainrun.record import read_events
+
+_FIXED = ("seed", "data", "tokenizer", "model", "optimizer.kind", "training.batch_size")
+"""What a resumed run cannot change: weights, moments and the order of the data depend on it."""
+
+
+def create(
+    run_dir: Path | None,
+    name: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    data_fingerprint: str,
+    device: str,
+    command: Sequence[str],
+) -> Path:
+    """A new folder; without `run_dir`, `runs/<date>-<time>-<name>`. UserError if it exists."""
+    wanted = [run_dir] if run_dir else _names(Path("runs"), name)
+    partial = None
+    try:
+        for path in wanted:
+            if path.exists():
+                continue
+            # Under another name first: a process killed here leaves no half run.
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            partial.mkdir(parents=True)
+            (partial / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
+            tokenizers.save(tokenizer, partial / "tokenizer.json")
+            write_environment(
+                partial, command=command, devices=[device], data_fingerprint=data_fingerprint
+            )
+            partial.rename(path)
+            return path
+    except OSError as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{path}: cannot be made ({error.strerror}); see --run-dir") from error
+    raise UserError(f"{run_dir} exists: choose another --run-dir, or resume it")
+
+
+def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+    """The run's config with overrides. Raises UserError where there is no run."""
+    if not (run_dir / "config.yaml").is_file() or not (run_dir / "tokenizer.json").is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no config.yaml and tokenizer.json")
+    return configs.load(run_dir / "config.yaml", overrides)
+
+
+def config_to_resume(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """The same, and a UserError for an override of what resuming cannot change."""
+    before, after = stored_config(run_dir), stored_config(run_dir, overrides)
+    # The data may have moved; that it is the same is checked by its fingerprint.
+    moved = replace(before, data=replace(before.data, source=after.data.source))
+    for path in _FIXED:
+        if _setting(moved, path) != _setting(after, path):
+            raise UserError(
+                f"`{path}` of {run_dir} cannot change on resume: train anew with `mainrun train`"
+            )
+    return after
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the last process that trained here came to the end."""
+    path = run_dir / "events.jsonl"
+    names = [event["event"] for event in read_events(path)] if path.is_file() else []
+    ends = [name for name in names if name in ("resumed", "finished")]
+    return ends[-1:] == ["finished"]
+
+
+def data_fingerprint(run_dir: Path) -> str:
+    """Of the documents that the run is trained on."""
+    path = run_dir / "environment.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["data_fingerprint"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _names(root: Path, name: str) -> Iterator[Path]:
+    """Date, time and name, with a number behind it for the second of that second."""
+    first = root / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    yield first
+    for number in range(2, 1000):
+        yield first.with_name(f"{first.name}-{number}")
+
+
+def _setting(config: Config, path: str) -> object:
+    value: object = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
