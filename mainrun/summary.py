@@ -106,6 +106,8 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     lines.append(f"run folder: {result['run_dir']}")
     if result["resume_command"]:
         lines.append(f"to go on: {result['resume_command']}")
+    else:
+        lines.append(f"to let it write: {shlex.join(['mainrun', 'generate', result['run_dir']])}")
     return lines
 
 

@@ -106,16 +106,36 @@ def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
         assert saved.restore_newest(ABSTRACT) == (None, [])
 
 
-def test_reading_leaves_a_save_in_progress_alone(tmp_path: Path) -> None:
+def leftover(folder: Path, committed: bool) -> Path:
+    """What a save leaves that was killed before, or just after, Orbax marked it complete."""
+    path = shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    for mark in path.rglob("commit_success.txt"):
+        if not committed:
+            mark.unlink()
+    return path
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_reading_leaves_a_save_in_progress_alone(tmp_path: Path, committed: bool) -> None:
     save(tmp_path, range(1, 2))
-    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    unfinished = leftover(tmp_path, committed)
     with Checkpoints(tmp_path, read_only=True) as reader:
         assert reader.steps() == [1]
         assert reader.restore_newest(ABSTRACT)[0] is not None
-    assert (tmp_path / "2.orbax-checkpoint-tmp").is_dir()
-    with Checkpoints(tmp_path, keep=2):
-        pass
-    assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
+    assert unfinished.is_dir()
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_a_killed_save_left_does_not_hinder_the_next(tmp_path: Path, committed: bool) -> None:
+    save(tmp_path, range(1, 2))
+    leftover(tmp_path, committed)
+    with Checkpoints(tmp_path, keep=2) as saved:
+        saved.save(2, state(2), Progress())
+        saved.wait()
+        assert saved.steps() == [1, 2]
+        restored, damaged = saved.restore_newest(ABSTRACT)
+        assert (restored.step if restored else None, damaged) == (2, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_a_folder_that_cannot_take_it_is_told_in_one_line(
