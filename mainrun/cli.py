@@ -23,11 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options, unknown = parser.parse_known_args(words)
-    for word in unknown:
-        if "=" not in word or not word.startswith("--"):
+    takes_words = hasattr(options, "words")
+    for word in unknown:  # argparse gives up on words after an option, and knows no `--a.b=c`
+        if not takes_words or (word.startswith("-") and "=" not in word):
             parser.error(f"unrecognized argument: {word}")
-    if unknown and not hasattr(options, "words"):
-        parser.error(f"unrecognized argument: {unknown[0]}")
     options.words = [*getattr(options, "words", []), *unknown]
     options.command_line = ["mainrun", *words]
     try:
@@ -133,73 +132,54 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(
-        name: str, call: Callable[[argparse.Namespace], None], does: str
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
-        added.set_defaults(call=call)
-        return added
-
-    train = command("train", _train, "train a model in a new run folder")
-    train.add_argument(
-        "words",
-        nargs="*",
-        metavar="CONFIG k=v",
-        help=f"a config file (default: quickstart), {_OVERRIDES}",
-    )
-    train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<date>-<config>")
-    train.add_argument(
-        "--dry-run", action="store_true", help="stop before the first step and report"
-    )
-
-    resume = command("resume", _resume, "go on from a run's newest complete checkpoint")
-    resume.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    resume.add_argument("words", nargs="*", metavar="k=v", help=_OVERRIDES)
-
-    evaluate = command(
-        "evaluate", _evaluate, "metrics of a run's best checkpoint, every token once"
-    )
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    evaluate.add_argument("words", nargs="*", metavar="k=v", help=_OVERRIDES)
-    evaluate.add_argument("--data", metavar="SOURCE", help="another source, all of its documents")
-    evaluate.add_argument("--json", action="store_true", help="one JSON object")
-
-    generate = command("generate", _generate, "text from a run's best checkpoint")
-    generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    generate.add_argument("--prompt", default="", metavar="TEXT", help="how each text begins")
-    generate.add_argument("--num", type=_count, default=5, metavar="N", help="texts (default 5)")
-    generate.add_argument(
-        "--max-tokens", type=_count, default=64, metavar="N", help="new tokens at most (default 64)"
-    )
-    generate.add_argument(
-        "--temperature",
-        type=_temperature,
-        default=0.8,
-        metavar="X",
-        help="0: the likeliest token (default 0.8)",
-    )
-    generate.add_argument(
-        "--top-k",
-        type=_whole,
-        default=0,
-        metavar="K",
-        help="draw from the K likeliest (default 0: all)",
-    )
-    generate.add_argument(
-        "--top-p",
-        type=_fraction,
-        default=1.0,
-        metavar="P",
-        help="draw from the likeliest that make up P (default 1)",
-    )
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-
-    config = command("config", _config, "print the resolved config")
-    config.add_argument(
-        "words", nargs="*", metavar="CONFIG k=v", help=f"a config file, {_OVERRIDES}"
-    )
+    for name, call, words, does in (
+        ("train", _train, _train_words, "train a model in a new run folder"),
+        ("resume", _resume, _resume_words, "go on from a run's newest complete checkpoint"),
+        ("evaluate", _evaluate, _evaluate_words, "metrics of a run's best checkpoint"),
+        ("generate", _generate, _generate_words, "text from a run's best checkpoint"),
+        ("config", _config, _config_words, "print the resolved config"),
+    ):
+        command = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
+        words(command)
+        command.set_defaults(call=call)
     return parser
+
+
+def _train_words(command: argparse.ArgumentParser) -> None:
+    _config_words(command, default="quickstart")
+    command.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<date>-<name>")
+    command.add_argument("--dry-run", action="store_true", help="report instead of the first step")
+
+
+def _resume_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.add_argument("words", nargs="*", metavar="k=v", help=_OVERRIDES)
+
+
+def _evaluate_words(command: argparse.ArgumentParser) -> None:
+    _resume_words(command)
+    command.add_argument("--data", metavar="SOURCE", help="another source, all of its documents")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _generate_words(command: argparse.ArgumentParser) -> None:
+    def option(name: str, kind: Callable, default: object, metavar: str, does: str) -> None:
+        does = f"{does} (default {default})" if default != "" else does
+        command.add_argument(name, type=kind, default=default, metavar=metavar, help=does)
+
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    option("--prompt", str, "", "TEXT", "how each text begins")
+    option("--num", _count, 5, "N", "texts")
+    option("--max-tokens", _count, 64, "N", "new tokens at most, each")
+    option("--temperature", _temperature, 0.8, "X", "0 takes the likeliest token")
+    option("--top-k", _whole, 0, "K", "draw from the K likeliest; 0: from all")
+    option("--top-p", _fraction, 1.0, "P", "draw from the likeliest that make up P")
+    option("--seed", int, 0, "S", "of the draws")
+
+
+def _config_words(command: argparse.ArgumentParser, default: str = "base") -> None:
+    does = f"a config file (default: {default}), {_OVERRIDES}"
+    command.add_argument("words", nargs="*", metavar="CONFIG k=v", help=does)
 
 
 def _count(text: str) -> int:

@@ -24,11 +24,12 @@ from mainrun.model.generate import generate
 from mainrun.model.gpt import num_parameters
 from mainrun.parts import Parts, Texts
 from mainrun.summary import resume_command
-from mainrun.tracking import Tracker, check_wandb, open_tracker
+from mainrun.tracking import Tracker, open_tracker
 from mainrun.training import backend, evaluate, step
 from mainrun.training.checkpoint import Checkpoints, Progress, Restored
 from mainrun.training.loop import fit
 from mainrun.training.step import TrainState, TrainStep
+from mainrun.wandb_run import check_wandb
 
 _SAMPLE_TOKENS = 32
 

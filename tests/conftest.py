@@ -3,6 +3,7 @@
 Everything here goes the path that users go; only sizes are small.
 """
 
+import io
 import os
 import random
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -19,6 +22,13 @@ _CACHE = "MAINRUN_CACHE_DIR"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name in [n for n in os.environ if n.startswith("WANDB_")]:
     del os.environ[name]
+
+
+def parquet(**columns: list) -> bytes:
+    """A Parquet file of these columns."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session", autouse=True)

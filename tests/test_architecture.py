@@ -21,7 +21,7 @@ LAYERS = [
     ["errors"],
     ["yaml12", "complaints", "environment", "gpu", "stop"],
     ["config"],
-    ["tracking + record + console + summary + plots"],
+    ["tracking + wandb_run + record + console + summary + plots"],
     # above this line JAX may be imported
     ["model", "data"],
     ["training"],

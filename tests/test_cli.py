@@ -33,12 +33,18 @@ def test_config_prints_what_train_would_use(capsys: pytest.CaptureFixture) -> No
     assert "d_model: 64" in told
 
 
+def test_words_and_options_come_in_any_order(capsys: pytest.CaptureFixture) -> None:
+    said = refusal(capsys, "train", "seed=1", "--dry-run", "gone.yaml", "--data.field=x")
+    assert said.startswith("mainrun: gone.yaml: cannot read")
+
+
 def test_unknown_words_are_refused(capsys: pytest.CaptureFixture) -> None:
     assert "no.yaml" in refusal(capsys, "train", "no.yaml")
     assert "one config file" in refusal(capsys, "train", "a.yaml", "b.yaml")
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["train", "--dry"])
-    assert caught.value.code == 2
+    for words in (["train", "--dry"], ["generate", "runs/x", "seed=1"], ["resume"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        assert caught.value.code == 2
 
 
 def test_data_that_cannot_be_used_is_refused(

@@ -1,14 +1,13 @@
 """Holds every format to its documents, and every way a file can be wrong to one line."""
 
-import io
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mainrun.data import files
 from mainrun.errors import UserError
+from tests.conftest import parquet
 
 PLACE = "data.source=file:the-file"
 
@@ -25,12 +24,6 @@ def refusal(path):
     assert "\n" not in message
     assert message.startswith(f"{PLACE}: ")
     return message
-
-
-def parquet(**columns):
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    return buffer.getvalue()
 
 
 GOOD = {

@@ -1,6 +1,5 @@
 """Holds a data set of the hub to its commit, its files and the cache, against a loopback hub."""
 
-import io
 import json
 import os
 import socket
@@ -8,12 +7,11 @@ import subprocess
 import sys
 import time
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mainrun.data import hub
 from mainrun.errors import UserError
+from tests.conftest import parquet
 from tests.hub_server import HubServer, use_endpoint
 
 NAME = "someone/some-titles"
@@ -45,12 +43,6 @@ def refusal(name=NAME, **settings):
     assert "\n" not in message
     assert message.startswith(f"data.source=huggingface:{name}")
     return message
-
-
-def parquet(**columns):
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    return buffer.getvalue()
 
 
 def closed_port():

@@ -130,7 +130,9 @@ def test_twenty_steps_of_the_baseline_on_real_titles_equal_pytorch(
     weights = {name: np.asarray(array) for name, array in params.items()}
     ours = _ours(run, weights, batches, vocab_size=vocab_size)
     theirs = _theirs(run, weights, batches, tmp_path, vocab_size=vocab_size)
-    _assert_equal_training(ours, theirs, tolerance=1e-4)
+    # PyTorch's own float32 norm of 8 million numbers on a CPU is 2e-4 to 3e-4 too small, against
+    # float64; JAX's is right to 3e-8.
+    _assert_equal_training(ours, theirs, tolerance=1e-4, norm_tolerance=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,10 +247,13 @@ def _theirs(
 
 
 def _assert_equal_training(
-    ours: dict[str, Any], theirs: dict[str, Any], tolerance: float = 1e-5
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    tolerance: float = 1e-5,
+    norm_tolerance: float = 1e-5,
 ) -> None:
     np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=0, atol=tolerance)
-    np.testing.assert_allclose(ours["grad_norms"], theirs["grad_norms"], rtol=tolerance)
+    np.testing.assert_allclose(ours["grad_norms"], theirs["grad_norms"], rtol=norm_tolerance)
     np.testing.assert_allclose(ours["learning_rates"], theirs["learning_rates"], rtol=1e-5)
     final = {k.removeprefix("parameters/"): v for k, v in theirs.items() if "/" in k}
     assert final.keys() == ours["weights"].keys()

@@ -22,7 +22,8 @@ import pytest
 from mainrun import config
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.record import WALL_CLOCK, read_events
-from mainrun.tracking import Tracker, check_wandb, open_tracker
+from mainrun.tracking import Tracker, open_tracker
+from mainrun.wandb_run import check_wandb
 
 DISABLED = config.load(None, ["tracking.wandb=disabled"])
 SECRET = "a-secret-0123456789-0123456789-0123456789"
@@ -234,7 +235,7 @@ def test_importing_the_tracker_imports_nothing_heavy():
 def test_a_server_out_of_reach_is_one_warning_and_the_run_goes_on_offline(run_dir: Path):
     impatient = PROGRAM.replace(
         "run_dir, settings =",
-        "import mainrun.tracking\nmainrun.tracking._INIT_SECONDS = 1\nrun_dir, settings =",
+        "import mainrun.wandb_run\nmainrun.wandb_run._INIT_SECONDS = 1\nrun_dir, settings =",
     )
     done = program(
         run_dir,
