@@ -55,14 +55,23 @@ def test_micro_batches_equal_the_whole_batch_whatever_the_padding(
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_the_loss_is_the_weighted_mean_over_tokens() -> None:
+def test_loss_and_gradient_are_those_of_the_weighted_mean_over_tokens() -> None:
     step, state, network = make(dropout=0.0)
     batch = some_batch()
     logits = np.asarray(network.bind(state.params)(jnp.asarray(batch.inputs)), np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     nll = log_z - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
     expected = (nll * batch.weights).sum() / batch.weights.sum()
-    assert float(step(state, batch)[1].loss) == pytest.approx(expected, abs=1e-5)
+    metrics = step(state, batch)[1]
+    assert float(metrics.loss) == pytest.approx(expected, abs=1e-5)
+
+    def mean_nll(params: dict[str, jax.Array]) -> jax.Array:
+        log_p = jax.nn.log_softmax(network.bind(params)(jnp.asarray(batch.inputs)))
+        picked = jnp.take_along_axis(log_p, batch.targets[..., None], -1)[..., 0]
+        return -(picked * batch.weights).sum() / batch.weights.sum()
+
+    squares = [jnp.square(g).sum() for g in jax.grad(mean_nll)(state.params).values()]
+    assert float(metrics.grad_norm) == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-4)
 
 
 def test_padding_has_no_influence() -> None:
