@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.words = [*getattr(options, "words", []), *unknown]
     options.command_line = ["mainrun", *words]
     try:
-        call: Callable[[argparse.Namespace], None] = options.call
-        call(options)
+        call: Callable[[argparse.Namespace], int | None] = options.call
+        return call(options) or 0
     except UserError as error:
         print(f"mainrun: {error}", file=sys.stderr)
         return 2
@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -103,6 +102,120 @@ def _generate(options: argparse.Namespace) -> None:
     print("\n".join(map(printable, texts)))
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    from mainrun.sweep import start
+
+    files = [word for word in options.words if "=" not in word]
+    if len(files) != 1:
+        raise UserError("sweep takes one file, a search space such as config/sweep/quickstart.yaml")
+    start.run(
+        Path(files[0]),
+        [word for word in options.words if "=" in word],
+        count=options.count,
+        backend=options.backend,
+        sweep_id=options.id,
+        run_dir=options.run_dir,
+    )
+
+
+def _launch(options: argparse.Namespace) -> int | None:
+    from dataclasses import replace
+
+    from mainrun import host, launch, stop
+
+    settings = host.load()
+    given = {
+        name: getattr(options, name)
+        for name in ("image", "gpus", "memory", "shm_size", "wait")
+        if getattr(options, name) is not None
+    }
+    settings = replace(settings, **given)
+    if options.stop is not None:
+        if not launch.stop(settings, options.stop, say=_tell):
+            _tell(f"nothing runs under the label {options.stop}")
+        return None
+    if options.reap:
+        _tell(f"{len(launch.reap(settings, say=_tell))} strays removed")
+        return None
+    request = launch.request_here(options.task, options.task_words, settings)
+    with stop.listening() as stopping:
+        ending = launch.launch(request, settings, stopping=stopping, output=print)
+    if ending.kind != "finished":
+        remedy = f"; {ending.remedy}" if ending.remedy else ""
+        print(f"mainrun: {request.task}: {ending.sentence}{remedy}", file=sys.stderr)
+    return ending.exit_code
+
+
+def _image(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from mainrun import containers, host, images, stop
+
+    settings = host.load()
+    here = Path.cwd()
+    with stop.listening() as stopping:
+        match options.what:
+            case "build":
+                given = {"target": options.target, "base_image": options.base_image}
+                settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
+                images.build(settings, context=here, tag=options.tag, stopping=stopping, say=_tell)
+            case "update":
+                images.update(settings, context=here, stopping=stopping, say=_tell)
+            case "smoke":
+                images.smoke_test(containers.connect(), options.tag or settings.image)
+            case "promote":
+                images.promote(containers.connect(), options.tag or settings.image)
+            case "rollback":
+                _tell(images.rollback(containers.connect()))
+            case _:
+                for removed in images.prune(containers.connect(), settings.keep_images):
+                    _tell(f"removed {removed}")
+
+
+def _job(options: argparse.Namespace) -> int | None:
+    from mainrun import jobs
+
+    match options.step:
+        case "check":
+            jobs.check()
+        case "image":
+            jobs.image()
+        case "run":
+            return jobs.run()
+        case "stop":
+            jobs.stop()
+        case "summary":
+            jobs.summary()
+        case "status":
+            return 0 if jobs.status(reap=os.environ.get("INPUT_REAP") == "true") else 1
+        case _:
+            jobs.update(rollback=os.environ.get("INPUT_ROLLBACK") == "true")
+    return None
+
+
+def _gpu_status(options: argparse.Namespace) -> int:
+    from mainrun import host, machine, machine_report
+
+    found = machine.read(host.load())
+    if options.json:
+        print(json.dumps(machine_report.as_dict(found), indent=2))
+    else:
+        print(machine_report.markdown(found) if options.markdown else machine_report.table(found))
+    return 1 if found.problems else 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from mainrun import doctor, host
+
+    checks = doctor.examine(host.load())
+    print(json.dumps(doctor.as_dict(checks), indent=2) if options.json else doctor.table(checks))
+    return 1 if doctor.has_problems(checks) else 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _config(options: argparse.Namespace) -> None:
     from mainrun import config
 
@@ -138,6 +251,12 @@ def _parser() -> argparse.ArgumentParser:
         ("evaluate", _evaluate, _evaluate_words, "metrics of a run's best checkpoint"),
         ("generate", _generate, _generate_words, "text from a run's best checkpoint"),
         ("config", _config, _config_words, "print the resolved config"),
+        ("sweep", _sweep, _sweep_words, "trials of a search space in W&B's format"),
+        ("launch", _launch, _launch_words, "a task in its container, cleaned up whatever happens"),
+        ("image", _image, _image_words, "build, test, move and remove the containers' images"),
+        ("gpu-status", _gpu_status, _gpu_status_words, "the machine's GPUs and what runs on them"),
+        ("doctor", _doctor, _doctor_words, "is this machine ready, and what it lacks"),
+        ("job", _job, _job_words, "a step of a GitHub workflow's job"),
     ):
         command = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
         words(command)
@@ -180,6 +299,72 @@ def _generate_words(command: argparse.ArgumentParser) -> None:
 def _config_words(command: argparse.ArgumentParser, default: str = "base") -> None:
     does = f"a config file (default: {default}), {_OVERRIDES}"
     command.add_argument("words", nargs="*", metavar="CONFIG k=v", help=does)
+
+
+def _sweep_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument("words", nargs="*", metavar="FILE k=v", help=_OVERRIDES)
+    command.add_argument("--count", type=_count, metavar="N", help="trials at most")
+    command.add_argument("--backend", choices=("auto", "local", "wandb"), default="auto")
+    command.add_argument("--id", metavar="ENTITY/PROJECT/ID", help="a W&B sweep to join")
+    command.add_argument("--run-dir", type=Path, metavar="DIR", help="new, or one to go on with")
+
+
+def _launch_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--gpus", type=_gpus, metavar="all|none|0,1", help="default: all there are"
+    )
+    command.add_argument("--image", metavar="NAME", help="default: mainrun:current")
+    command.add_argument("--memory", type=_size, metavar="SIZE", help="of the container, as 60g")
+    command.add_argument("--shm-size", type=_size, metavar="SIZE", help="of its /dev/shm")
+    command.add_argument("--wait", type=_whole, metavar="SECONDS", help="for a GPU that is taken")
+    command.add_argument("--stop", metavar="LABEL", help="stop the job of that label, saved")
+    command.add_argument("--reap", action="store_true", help="stop what dead jobs have left")
+    command.add_argument("task", nargs="?", default="train", metavar="TASK", help="default: train")
+    command.add_argument(
+        "task_words", nargs=argparse.REMAINDER, metavar="...", help="as after `mainrun TASK`"
+    )
+
+
+def _image_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "what", choices=("build", "smoke", "promote", "rollback", "prune", "update")
+    )
+    command.add_argument("--target", choices=("cpu", "cuda"), help="default: what the machine has")
+    command.add_argument("--tag", metavar="NAME", help="default: mainrun:<commit>")
+    command.add_argument("--base-image", metavar="NAME", help="default: the Dockerfile's")
+
+
+def _gpu_status_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.add_argument("--markdown", action="store_true", help="for a page")
+
+
+def _doctor_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _job_words(command: argparse.ArgumentParser) -> None:
+    steps = ("check", "image", "run", "stop", "summary", "status", "update")
+    command.add_argument("step", choices=steps, help="inputs are taken from the environment")
+
+
+def _gpus(text: str) -> str:
+    from mainrun import host
+
+    return _or_argument_error(host.checked_gpus, text)
+
+
+def _size(text: str) -> str:
+    from mainrun import host
+
+    return _or_argument_error(host.checked_size, text)
+
+
+def _or_argument_error(checked: Callable[[str], str], text: str) -> str:
+    try:
+        return checked(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _count(text: str) -> int:

@@ -6,12 +6,14 @@ parents and the overrides of the command line; whatever does not fit is a `UserE
 the dotted path, where it was written and what would be accepted. No JAX here.
 """
 
+import ast
+import contextlib
 import dataclasses
 import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -21,6 +23,8 @@ from mainrun import complaints, yaml12
 from mainrun.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
+
+Settings = TypeVar("Settings")
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -243,7 +247,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     tree, origins = _read_with_parents(path, seen=()) if path else ({}, {})
     changes, changed = _read_overrides(overrides)
     settings = _merge(_merge(as_dict(Config()), tree), changes)
-    return _validate(settings, origins | changed)
+    return checked(Config, settings, origins | changed)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -284,15 +288,21 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
 
 
 def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`a.b=1` as {a: {b: 1}}; later ones win. Leading dashes are taken too: W&B passes them."""
+    """`a.b=1` as {a: {b: 1}}; later ones win.
+
+    What a sweep's agent of W&B passes is taken too: leading dashes, values as Python writes them,
+    and keys of W&B's own, which are no settings.
+    """
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.lstrip("-").partition("=")
         if not equals or not key or not all(key.split(".")):
             raise UserError(f"{override!r} is not an override: write key.path=value")
+        if key.startswith("_wandb"):
+            continue
         try:
-            value = yaml12.parse(text)
+            value = _value(text)
         except ValueError as error:
             raise UserError(f"{key}={text}: {error}") from error
         for part in reversed(key.split(".")):
@@ -300,6 +310,19 @@ def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str,
         tree = _merge(tree, value)
         origins[key] = "command line"
     return tree, origins
+
+
+def _value(text: str) -> Any:
+    """What the text is in YAML; `None`, alone or in a list or mapping, as Python means it.
+
+    All else that Python writes (`False`, `[128]`, `{'b1': 0.9}`) is YAML as well.
+    """
+    if "None" in text:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+            if value is None or isinstance(value, (list, dict)):
+                return value
+    return yaml12.parse(text)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,12 +348,16 @@ def _replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
 # Validation
 
 
-def _validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
+def checked(
+    schema: type[Settings], tree: Mapping[str, Any], origins: Mapping[str, str]
+) -> Settings:
+    """The settings that `tree` states; UserError naming path, place and remedy where it cannot."""
+    adapter = _ADAPTER if schema is Config else TypeAdapter(schema)
     try:
         # As JSON, because strict mode then still takes mappings for classes and lists for tuples.
-        return _ADAPTER.validate_json(json.dumps(tree))
+        return typing.cast(Settings, adapter.validate_json(json.dumps(tree)))
     except ValidationError as error:
-        raise UserError(complaints.message(error, Config, tree, origins)) from None
+        raise UserError(complaints.message(error, schema, tree, origins)) from None
 
 
 def _without_unset_units(value: Any) -> Any:

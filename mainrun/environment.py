@@ -29,7 +29,7 @@ _SHORTEST_SECRET = 8  # characters; TOKENIZERS_PARALLELISM=true must not take "t
 def environment(
     command: Sequence[str], devices: Sequence[str], data_fingerprint: str | None
 ) -> dict[str, Any]:
-    """Plain values; `commit` and `dirty` are null where the code runs from no git checkout."""
+    """Plain values; `commit` and `dirty` are null where neither git nor an image's build knows."""
     commit, dirty = _commit(Path(__file__).resolve())
     record = {
         "command": list(command),
@@ -88,9 +88,17 @@ def without_secrets(value: Any, secrets: Mapping[str, str]) -> Any:
 
 
 def _commit(file: Path) -> tuple[str | None, bool | None]:
-    """The commit of the checkout that `file` belongs to, and whether anything differs from it."""
+    """The commit of the checkout that `file` belongs to, and whether anything differs from it.
+
+    In an image is no git checkout: what it was built from stands in MAINRUN_COMMIT, as `<sha>` or
+    `<sha>-dirty`.
+    """
     if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
-        return None, None  # installed, perhaps under somebody else's checkout
+        # installed, perhaps under somebody else's checkout
+        built_from = re.fullmatch(
+            r"([0-9a-f]{40,64})(-dirty)?", os.environ.get("MAINRUN_COMMIT", "")
+        )
+        return (built_from[1], built_from[2] is not None) if built_from else (None, None)
     commit = _git(file.parent, "rev-parse", "HEAD")
     changes = _git(file.parent, "status", "--porcelain")
     return commit, None if changes is None else changes != ""

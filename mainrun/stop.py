@@ -5,6 +5,7 @@ closes sends SIGHUP. A second signal therefore must not break the saving that th
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -15,11 +16,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    def __init__(self) -> None:
+    def __init__(self, *, with_parent: bool = False) -> None:
         self.received: signal.Signals | None = None
+        self._parent = os.getppid() if with_parent else None
 
     def requested(self) -> bool:
-        return self.received is not None
+        return self.received is not None or self._parent not in (None, os.getppid())
 
     def check(self) -> None:
         """Raises Stopped when a stop was requested."""
@@ -31,9 +33,13 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[StopSignal]:
-    """Stop signals are remembered in this block instead of ending the process."""
-    stop = StopSignal()
+def listening(*, with_parent: bool = False) -> Iterator[StopSignal]:
+    """Stop signals are remembered in this block instead of ending the process.
+
+    `with_parent`: the end of the parent process is a stop request too. Nobody signals a step whose
+    runner is killed, and it would go on unseen.
+    """
+    stop = StopSignal(with_parent=with_parent)
     before = {number: signal.signal(number, stop._remember) for number in _SIGNALS}
     try:
         yield stop

@@ -9,21 +9,23 @@ import math
 import os
 import shlex
 import statistics
-import string
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mainrun import config
+from mainrun.chart import loss_curve
 from mainrun.console import printable
 from mainrun.errors import UserError
+from mainrun.markdown import escaped, fenced, link, shortened, table
 from mainrun.record import Number, Row, metrics, read_events
 
 _ENDINGS = ("finished", "stopped", "failed")
 _NO_LAST_WORD = "the process ended without a last word: killed, or the machine went down"
 _SHOWN_EVALUATIONS = 10
-_MARKUP = set(string.punctuation) - set(",-./")
+_SHOWN_SAMPLES = 20
+_SHOWN_CHARACTERS = 2000  # of a sample; the record has all of it
 
 
 def write_summary(run_dir: Path) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     events = read_events(run_dir / "events.jsonl")
     result = summary(run_dir, events)
     _write(run_dir / "summary.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    _write(run_dir / "summary.md", _markdown(result, metrics(events), _last_samples(events)))
+    _write(run_dir / "summary.md", _markdown(result, events))
     return result
 
 
@@ -85,7 +87,7 @@ def resume_command(run_dir: Path, overrides: Sequence[str] = ()) -> str:
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
     """The result as the command prints it at the end."""
-    lines = [f"{result['status']}: {_steps(result)} in {_duration(result['total_seconds'])}"]
+    lines = [f"{result['status']}: {steps_done(result)} in {duration(result['total_seconds'])}"]
     loss = result["val/loss"]
     if loss["last"]:
         lines.append(f"val/loss {_loss(loss['last'])} {_compared(loss)}")
@@ -122,11 +124,6 @@ def last_event(events: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, A
         if event["event"] == name:
             found = event
     return found
-
-
-def _last_samples(events: Iterable[Mapping[str, Any]]) -> tuple[int | None, list[str]]:
-    event = last_event(events, "samples")
-    return event.get("step"), event.get("texts", [])
 
 
 def _processes(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -218,43 +215,78 @@ def median(rows: Iterable[Row], name: str) -> Number | None:
 # Words
 
 
-def _markdown(result: Mapping[str, Any], rows: Sequence[Row], samples: Any) -> str:
-    loss = result["val/loss"]
-    parts = [f"# {_escaped(result['name'])}: {result['status']}"]
+def _markdown(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+    parts = [f"# {escaped(result['name'])}: {result['status']}"]
     if result["reason"]:
-        parts.append(f"**Reason:** {_escaped(result['reason'])}")
-    if loss["last"]:
-        parts.append(f"`val/loss` **{_loss(loss['last'])}** {_compared(loss)}.")
-    facts = [
-        ("steps", _steps(result).removesuffix(" steps")),
-        ("parameters", _number(result["parameters"])),
-        ("tokens seen", _number(result["tokens_seen"])),
-        ("tokens per second, median", _number(result["tokens_per_second"])),
-        ("time training", _duration(result["training_seconds"])),
-        ("time in all", _duration(result["total_seconds"])),
-        ("peak memory", _bytes(result["peak_memory_bytes"])),
-        ("device", _escaped(result["device"])),
-        ("precision", _escaped(result["precision"])),
-        ("Weights & Biases", _escaped(result["wandb"]["url"] or result["wandb"]["mode"])),
-        ("run folder", _escaped(result["run_dir"])),
-    ]
-    parts.append(_table(["", ""], [fact for fact in facts if fact[1]]))
-    if evaluations := _shown([row for row in rows if "val/loss" in row]):
-        header = ["step", "val/loss, nats/char", "±", "nats/token", "perplexity", "bits/byte"]
-        parts += ["## Evaluations", _table(header, map(_evaluation, evaluations))]
-    step, texts = samples
-    if texts:
-        parts += [f"## Samples at step {step}", _fenced("\n".join(printable(t) for t in texts))]
+        parts.append(f"**Reason:** {escaped(result['reason'])}")
+    parts += [*loss_line(result), *details(result, events)]
     folder = shlex.quote(result["run_dir"])
     commands = [f"mainrun evaluate {folder}", f"mainrun generate {folder}"]
     if result["resume_command"]:
-        parts += ["## To go on", _fenced(result["resume_command"], "sh")]
-    elif loss["last"] and result["status"] == "finished":
-        parts += ["## To use it", _fenced("\n".join(commands), "sh")]
+        parts += ["## To go on", fenced(printable(result["resume_command"]), "sh")]
+    elif result["val/loss"]["last"] and result["status"] == "finished":
+        parts += ["## To use it", fenced("\n".join(commands), "sh")]
     return "\n\n".join(parts) + "\n"
 
 
-def _steps(result: Mapping[str, Any]) -> str:
+def loss_line(result: Mapping[str, Any]) -> list[str]:
+    """The paragraph of Markdown with the last loss; none before the first evaluation."""
+    loss = result["val/loss"]
+    return [f"`val/loss` **{_loss(loss['last'])}** {_compared(loss)}."] if loss["last"] else []
+
+
+def details(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The paragraphs of Markdown between how the run ended and how to go on with it.
+
+    Facts, curve, evaluations and samples; headings are of the second order.
+    """
+    rows = metrics(events)
+    facts = [
+        ("steps", steps_done(result).removesuffix(" steps")),
+        ("parameters", _number(result["parameters"])),
+        ("tokens seen", _number(result["tokens_seen"])),
+        ("tokens per second, median", _number(result["tokens_per_second"])),
+        ("time training", duration(result["training_seconds"])),
+        ("time in all", duration(result["total_seconds"])),
+        ("peak memory", _bytes(result["peak_memory_bytes"])),
+        ("device", escaped(result["device"])),
+        ("precision", escaped(result["precision"])),
+        ("Weights & Biases", _wandb(result, events)),
+    ]
+    header = ["run folder", escaped(result["run_dir"])]
+    parts = [table(header, [fact for fact in facts if fact[1]])]
+    if chart := loss_curve(rows):
+        parts.append(chart)
+    if evaluations := _shown([row for row in rows if "val/loss" in row]):
+        header = ["step", "val/loss, nats/char", "±", "nats/token", "perplexity", "bits/byte"]
+        parts += ["## Evaluations", table(header, map(_evaluation, evaluations))]
+    return [*parts, *_samples(events)]
+
+
+def _wandb(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+    if result["wandb"]["url"]:
+        return link(result["wandb"]["url"])
+    upload = last_event(events, "tracking_started").get("sync_command")
+    return escaped(result["wandb"]["mode"]) + (f"; to upload: {escaped(upload)}" if upload else "")
+
+
+def _samples(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The newest samples; one of a page's length would hide what stands below it."""
+    event = last_event(events, "samples")
+    texts = event.get("texts", [])
+    if not texts:
+        return []
+    shown = [
+        shortened(printable(shortened(text, _SHOWN_CHARACTERS)), _SHOWN_CHARACTERS)
+        for text in texts[:_SHOWN_SAMPLES]
+    ]
+    parts = [f"## Samples at step {escaped(str(event.get('step')))}", fenced("\n".join(shown))]
+    if len(texts) > len(shown):
+        parts.append(f"The first {len(shown)} of {len(texts):,}; events.jsonl has all.")
+    return parts
+
+
+def steps_done(result: Mapping[str, Any]) -> str:
     total = result["total_steps"]
     return f"{result['steps']:,} of {total:,} steps" if total else f"{result['steps']:,} steps"
 
@@ -303,31 +335,6 @@ def _shown(evaluations: Sequence[Row]) -> list[Row]:
     return [evaluations[i] for i in sorted(chosen)]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escaped(text: str | None) -> str:
-    """Data as one line of Markdown that shows as it is: no markup, no link, no HTML."""
-    if text is None:
-        return ""
-    line = printable(" ".join(text.split()))
-    escaped = "".join(f"\\{c}" if c in _MARKUP else c for c in line)
-    return escaped.replace("www.", "www\\.")  # GitHub makes a link of it, as of a bare address
-
-
-def _fenced(text: str, language: str = "text") -> str:
-    """A code block whose fence is longer than any inside: what is in it is never read as markup."""
-    longest = max((len(run) for run in _runs_of_backticks(text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _runs_of_backticks(text: str) -> list[str]:
-    return "".join(c if c == "`" else " " for c in text).split()
-
-
 def _number(value: Number | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
@@ -338,7 +345,7 @@ def _bytes(value: Number | None) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def _duration(seconds: Number | None) -> str:
+def duration(seconds: Number | None) -> str:
     if seconds is None:
         return ""
     if seconds < 60:

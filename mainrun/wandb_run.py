@@ -43,8 +43,8 @@ def check_wandb(config: Config) -> Mode:
             if os.environ.get("WANDB_MODE") == mode:
                 asked = mode
     if asked == "auto":
-        return "online" if _has_key() else "offline"
-    if asked == "online" and not _has_key():
+        return "online" if has_key() else "offline"
+    if asked == "online" and not has_key():
         raise UserError(
             "tracking.wandb=online, but no Weights & Biases key is found: "
             "set WANDB_API_KEY, or say tracking.wandb=offline"
@@ -176,7 +176,7 @@ def new_id(run_dir: Path) -> str:
     return os.environ.get("WANDB_RUN_ID") or f"{name}-{secrets.token_hex(4)}"
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether W&B would find credentials, looking where it looks."""
     folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     settings = configparser.ConfigParser(interpolation=None)

@@ -1,7 +1,9 @@
 """Makes `.venv` from the lock files, and does nothing when it already is what they say.
 
     python3 requirements/install.py train     cpu.txt, or cuda12.txt where nvidia-smi answers
-    python3 requirements/install.py dev       the same, and dev.txt
+    python3 requirements/install.py wheels    the same without mainrun itself: an image's big layer
+    python3 requirements/install.py dev       as train, and dev.txt
+    python3 requirements/install.py host      host.txt, in .venv-host: what starts containers needs
     python3 requirements/install.py oracle    oracle.txt, in .venv-torch
 
 Any Python >= 3.8 starts it, with nothing installed; it finds the newest suitable one itself.
@@ -42,15 +44,17 @@ print(json.dumps([list(sys.version_info[:3]), getattr(sys, "_base_executable", s
 
 def main() -> None:
     what = sys.argv[1] if len(sys.argv) == 2 else ""
-    if what not in ("train", "dev", "oracle"):
-        stop("say what to install: train, dev or oracle")
-    with open(ROOT / "pyproject.toml") as held:
+    if what not in ("train", "wheels", "dev", "host", "oracle"):
+        stop("say what to install: train, wheels, dev, host or oracle")
+    with open(__file__) as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # two tasks at once: the second finds the work done
         if what == "oracle":
             install(ROOT / ".venv-torch", ["oracle.txt"], ORACLE_MINORS)
+        elif what == "host":  # no JAX: seconds instead of minutes on a runner's fresh checkout
+            install(ROOT / ".venv-host", ["host.txt", "pyproject.toml"], MINORS)
         else:
             locks = [f"{device()}.txt"] + ["dev.txt"] * (what == "dev")
-            install(ROOT / ".venv", [*locks, "pyproject.toml"], MINORS)
+            install(ROOT / ".venv", locks + ["pyproject.toml"] * (what != "wheels"), MINORS)
 
 
 def device() -> str:

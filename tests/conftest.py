@@ -6,6 +6,7 @@ Everything here goes the path that users go; only sizes are small.
 import io
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -120,3 +121,20 @@ def finished_run(
     run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     mainrun("train", *tiny, "--run-dir", run_dir)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def job_image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`mainrun:test`, the CPU image of this tree, on the base that tests/engine.sh makes."""
+    docker = ["docker", "image", "inspect", "mainrun-base:test"]
+    if shutil.which("docker") is None or subprocess.run(docker, capture_output=True).returncode:
+        pytest.skip("no Docker Engine with the image mainrun-base:test: see tests/engine.sh")
+    from mainrun import images, stop
+    from mainrun.host import Host
+
+    machine = Host(base_image="mainrun-base:test", target="cpu")
+    lines: list[str] = []
+    with stop.listening() as stopping:
+        return images.build(
+            machine, context=REPOSITORY, tag="mainrun:test", stopping=stopping, say=lines.append
+        )

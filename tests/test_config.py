@@ -60,7 +60,9 @@ def _with_kind(settings: object) -> config.Config:
     return dataclasses.replace(config.Config(), **{name: settings})
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [ROOT / "base.yaml", *sorted((ROOT / "base").glob("*.yaml"))], ids=lambda p: p.stem
+)
 def test_every_shipped_config_loads_and_survives_printing(path: Path, tmp_path: Path) -> None:
     loaded = config.load(path)
     assert config.load(write(tmp_path / "again.yaml", config.to_yaml(loaded))) == loaded
@@ -100,6 +102,31 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     parsed = yaml12.parse(text)
     assert parsed == value
     assert type(parsed) is type(value)
+
+
+def test_overrides_are_taken_as_an_agent_of_wandb_passes_them() -> None:
+    """Recorded from wandb 0.31: `${args_no_hyphens}` prints values as Python does."""
+    loaded = config.load(
+        None,
+        [
+            "model.tie_embeddings=False",
+            "data.num_documents=None",
+            "tracking.tags=['one', \"two's\"]",
+            "optimizer={'kind': 'sgd', 'learning_rate': 1e-06}",
+            "training={'max_steps': 5, 'grad_clip': None}",
+            "_wandb={'resume': None}",
+        ],
+    )
+    assert loaded.model.tie_embeddings is False
+    assert loaded.data.num_documents is None
+    assert loaded.tracking.tags == ("one", "two's")
+    assert loaded.optimizer == config.Sgd(learning_rate=1e-6)
+    assert (loaded.training.max_steps, loaded.training.grad_clip) == (5, None)
+
+
+@pytest.mark.parametrize("text", ["None of it", "'None'", "Nonesuch"])
+def test_none_inside_a_text_is_text(text: str) -> None:
+    assert config.load(None, [f"tracking.project={text}"]).tracking.project == text.strip("'")
 
 
 def test_changing_a_kind_leaves_nothing_of_the_old_one() -> None:

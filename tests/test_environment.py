@@ -83,6 +83,24 @@ def test_a_copy_that_git_does_not_track_has_no_commit_even_inside_a_checkout(che
     assert record_of(checkout)["commit"] is None
 
 
+def test_without_a_checkout_the_commit_is_what_the_image_was_built_from(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sha = git(checkout, "rev-parse", "HEAD")
+    monkeypatch.setenv("MAINRUN_COMMIT", "f" * 40)
+    assert record_of(checkout)["commit"] == sha, "a checkout knows better"
+    shutil.rmtree(checkout / ".git")
+    for said, known in {
+        sha: (sha, False),
+        f"{sha}-dirty": (sha, True),
+        "unknown": (None, None),
+        "": (None, None),
+    }.items():
+        monkeypatch.setenv("MAINRUN_COMMIT", said)
+        record = record_of(checkout)
+        assert (record["commit"], record["dirty"]) == known, said
+
+
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "hf_token", "MY_SECRET_2", "PGPASSWORD"])
 def test_a_secret_is_replaced_by_the_name_of_its_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

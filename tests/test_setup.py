@@ -83,6 +83,22 @@ def test_lock_satisfies_what_pyproject_asks_for():
                 assert wanted.specifier.contains(pin), f"{name}: {line}, but {pin}; run `task lock`"
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_host_needs_a_part_of_the_lock_and_no_jax(python):
+    host, dev = versions("host.txt", python), versions("dev.txt", python)
+    assert host.items() <= dev.items()
+    assert not {"jax", "jaxlib", "numpy", "wandb", "torch"} & host.keys()
+
+
+def test_host_lock_satisfies_what_pyproject_asks_for():
+    test_lock_pins_every_package_by_hash_and_names_no_address("host.txt")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in project["dependencies"] + project["optional-dependencies"]["editable"]:
+        wanted = Requirement(line)
+        (pin,) = versions("host.txt", "3.13")[wanted.name.lower()]
+        assert wanted.specifier.contains(pin.removeprefix("==")), f"{line}, but {pin}"
+
+
 # --- which Python
 
 
@@ -263,6 +279,33 @@ def test_environment_made_for_the_other_device_is_made_anew(project, tmp_path):
     project.needs(*TRAIN)
     (tmp_path / "requirements" / "cuda12.txt").write_text("CUDA")
     assert project.needs("cuda12.txt", "pyproject.toml")[0] == ".venv"
+
+
+def test_host_has_an_environment_of_its_own(project, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(setup, "install", lambda venv, files, minors: asked.append((venv, files)))
+    monkeypatch.setattr(sys, "argv", ["install.py", "host"])
+    setup.main()
+    assert asked == [(tmp_path / ".venv-host", ["host.txt", "pyproject.toml"])]
+
+
+def test_wheels_come_before_the_project_and_are_not_installed_again_with_it(project, monkeypatch):
+    monkeypatch.setenv("MAINRUN_DEVICE", "cpu")
+    for word, done in [("wheels", [".venv", "cpu.txt"]), ("train", ["pyproject.toml"])]:
+        project.done = []
+        monkeypatch.setattr(sys, "argv", ["install.py", word])
+        setup.main()
+        assert project.done == done
+
+
+def test_unknown_word_is_told_what_there_is_to_install(project, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["install.py", "hots"])
+    with pytest.raises(SystemExit) as stopped:
+        setup.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "setup: say what to install: train, wheels, dev, host or oracle\n"
+    )
 
 
 # --- the taskfile

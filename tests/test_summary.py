@@ -205,6 +205,50 @@ def test_the_summary_for_people_says_result_speed_and_how_to_go_on(log: Log):
     assert "```sh\nmainrun resume there\n```" in text
 
 
+def test_the_curve_stands_between_facts_and_evaluations_once_there_is_one(log: Log):
+    log.start()
+    log.evaluate(0, 4.0)
+    write_summary(log.run_dir)
+    assert "mermaid" not in (log.run_dir / "summary.md").read_text()
+    log.evaluate(10, 1.5)
+    write_summary(log.run_dir)
+    found = tokens((log.run_dir / "summary.md").read_text())
+    kinds = [(token.type, token.info) for token in found]
+    curve = kinds.index(("fence", "mermaid"))
+    assert kinds.index(("table_close", "")) < curve < kinds.index(("heading_open", ""), 5)
+    assert "xychart-beta" in found[curve].content
+
+
+@pytest.mark.parametrize(
+    ("address", "row"),
+    [
+        ({"wandb": "disabled"}, "disabled"),
+        (
+            {"wandb": "online", "wandb_url": "https://wandb.example/me/p/runs/x"},
+            "<https://wandb.example/me/p/runs/x>",
+        ),
+        (
+            {"wandb": "offline", "wandb_url": None, "sync_command": "wandb sync runs/r/wandb/x"},
+            "offline; to upload: wandb sync runs/r/wandb/x",
+        ),
+    ],
+)
+def test_the_summary_says_where_weights_and_biases_has_the_run(log: Log, address: Any, row: str):
+    log("tracking_started", **address)
+    write_summary(log.run_dir)
+    assert f"| Weights & Biases | {row} |" in (log.run_dir / "summary.md").read_text()
+
+
+def test_twenty_samples_are_shown_each_of_a_bounded_length(log: Log):
+    log.start()
+    log("samples", 3, texts=["y" * 9000] + [f"text {i}" for i in range(1, 50)])
+    write_summary(log.run_dir)
+    text = (log.run_dir / "summary.md").read_text()
+    block = next(token.content for token in tokens(text) if token.type == "fence").splitlines()
+    assert (len(block), len(block[0]), block[19]) == (20, 2000, "text 19")
+    assert "The first 20 of 50" in text
+
+
 @pytest.mark.parametrize("sample", [HOSTILE, "```\n# out of the fence", "````", ""])
 def test_data_is_shown_as_it_is_and_never_read_as_markup(log: Log, sample: str):
     log.start(name=HOSTILE)

@@ -1,0 +1,73 @@
+"""`mainrun sweep`: many trials of one search space, each a normal run in a process of its own.
+
+Here is only which sweep is meant and which engine works on it: the one here, which needs no account
+(`local_sweep`), or W&B's server and agent (`wandb_sweep`). Both leave the same folder.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from mainrun.errors import UserError
+from mainrun.sweep import local_sweep, search_space, sweep_file, wandb_sweep
+from mainrun.sweep.search_space import SearchSpace
+from mainrun.sweep.sweep_folder import load, open_folder
+from mainrun.wandb_run import check_wandb
+
+Backend = Literal["auto", "local", "wandb"]
+
+
+def run(
+    source: Path,
+    overrides: Sequence[str] = (),
+    *,
+    count: int | None = None,
+    backend: Backend = "auto",
+    sweep_id: str | None = None,
+    run_dir: Path | None = None,
+) -> None:
+    """Runs trials of `source`, a sweep file or the folder of a sweep, which is gone on with.
+
+    `overrides` hold for all trials. `count` is how many trials the folder shall have in the end;
+    without it, `run_cap` or the size of the grid. The folder is `run_dir`, or
+    `runs/<date>-<time>-<file>`. Raises UserError, RunFailed or Stopped.
+    """
+    if sweep_id is not None:
+        if backend == "local":
+            raise UserError("--id names a sweep at Weights & Biases: leave out --backend local")
+        wandb_sweep.join(source, sweep_id, overrides, count=count, run_dir=run_dir)
+        return
+    if source.is_dir():
+        if overrides:
+            raise UserError(
+                f"{overrides[0]!r}: the settings of {source} are made and cannot change"
+            )
+        if run_dir is not None and run_dir.resolve() != source.resolve():
+            raise UserError(f"{source} is a sweep already: it goes on there, not in {run_dir}")
+        sweep = load(source)
+        if _engine(backend, sweep.space, source) == "wandb":
+            wandb_sweep.go_on(sweep, count=count)
+            return
+    else:
+        space = search_space.with_overrides(sweep_file.read(source), overrides)
+        if _engine(backend, space, run_dir) == "wandb":
+            wandb_sweep.start(source, space, count=count, run_dir=run_dir)
+            return
+        if run_dir is None or not run_dir.exists():
+            local_sweep.num_trials(space, count, None)  # before there is a folder
+        sweep = open_folder(source, space, run_dir)
+    local_sweep.work(sweep, count)
+
+
+def _engine(backend: Backend, space: SearchSpace, run_dir: Path | None) -> Backend:
+    """`local` or `wandb`; an existing folder goes on with the engine that it has."""
+    known = None
+    if run_dir is not None and (run_dir / "sweep.yaml").is_file():
+        known = "local" if wandb_sweep.address(run_dir) is None else "wandb"
+        if backend not in ("auto", known):
+            raise UserError(f"--backend {backend}: {run_dir} was begun with {known}: leave it out")
+    if known == "wandb" or backend == "wandb":
+        return "wandb"
+    if known == "local" or backend == "local":
+        return "local"
+    return "wandb" if check_wandb(search_space.base_config(space)) == "online" else "local"
