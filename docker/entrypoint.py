@@ -18,7 +18,7 @@ Of the standard library only; NVML's module is loaded where GPUs were asked for.
     MAINRUN_SECRETS=stdin    a JSON object of names and values comes on stdin; it becomes part of
                              the command's environment, and of nothing that Docker records
     MAINRUN_GPUS             a number: so many must be visible, else exit 2; none or empty: any
-    MAINRUN_GRACE_SECONDS    from the stop, or the command's end, to the kill of what is left: 180
+    MAINRUN_GRACE_SECONDS    from the stop, or the command's end, to the kill of what is left: 150
     MAINRUN_HEALTH_SECONDS   age of the oldest record that is healthy: 1800
 """
 

@@ -121,7 +121,7 @@ def _sweep(options: argparse.Namespace) -> None:
 def _launch(options: argparse.Namespace) -> int | None:
     from dataclasses import replace
 
-    from mainrun import host, launch, stop
+    from mainrun import host, launch, request, stop
 
     settings = host.load()
     given = {
@@ -137,12 +137,12 @@ def _launch(options: argparse.Namespace) -> int | None:
     if options.reap:
         _tell(f"{len(launch.reap(settings, say=_tell))} strays removed")
         return None
-    request = launch.request_here(options.task, options.task_words, settings)
+    asked = request.request_here(options.task, options.task_words, settings)
     with stop.listening() as stopping:
-        ending = launch.launch(request, settings, stopping=stopping, output=print)
+        ending = launch.launch(asked, settings, stopping=stopping, output=print)
     if ending.kind != "finished":
         remedy = f"; {ending.remedy}" if ending.remedy else ""
-        print(f"mainrun: {request.task}: {ending.sentence}{remedy}", file=sys.stderr)
+        print(f"mainrun: {asked.task}: {ending.sentence}{remedy}", file=sys.stderr)
     return ending.exit_code
 
 

@@ -4,7 +4,6 @@ A container is ours by its labels, and by nothing else: what other people run on
 never seen here. What the Engine refuses is said in the user's terms, with the remedy.
 """
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -71,14 +70,6 @@ def ours(client: docker.DockerClient, job: str | None = None) -> list[Container]
 def is_stray(container: Container) -> bool:
     """Whether what started it is gone: nobody holds its job's lock."""
     return not locks.is_held(Path(container.locks), locks.job(container.job))
-
-
-def stop(client: docker.DockerClient, container: Container, *, timeout_seconds: int) -> None:
-    """Asks it to stop, waits until it has, kills it after the timeout, and removes it."""
-    with contextlib.suppress(NotFound):
-        # The client must outwait the Engine, which answers when the container has ended.
-        client.api.stop(container.id, timeout=timeout_seconds)
-    remove(client, container.id)
 
 
 def remove(client: docker.DockerClient, container_id: str) -> None:

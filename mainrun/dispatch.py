@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mainrun import config, host, launch
+from mainrun import config, host
 from mainrun.errors import UserError
 from mainrun.host import Host
-from mainrun.launch import Request
+from mainrun.request import Request, chosen_gpus
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
@@ -90,7 +90,7 @@ def request_from(env: Mapping[str, str], machine: Host | None = None) -> Request
         words=(),
         label=label,
         image=f"mainrun:{env.get('GITHUB_SHA') or 'current'}",
-        gpus=launch.chosen_gpus(machine.gpus if inputs.gpus == "auto" else inputs.gpus),
+        gpus=chosen_gpus(machine.gpus if inputs.gpus == "auto" else inputs.gpus),
         url=f"{server}/{repository}/actions/runs/{label.partition('-')[0]}" if repository else "",
         by=env.get("GITHUB_ACTOR", ""),
     )

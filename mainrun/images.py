@@ -253,6 +253,9 @@ def prune(
     Needed are `current`, `previous`, what a container uses, and what was named in the last
     `keep_days`: an image that was built again from the cache is as old as its layers.
     """
+    for entry in client.api.containers(all=True, filters={"label": SMOKE, "status": "exited"}):
+        if time.time() - entry["Created"] >= _DANGLING_SECONDS:  # its test was killed
+            containers.remove(client, entry["Id"])
     used = {entry["ImageID"] for entry in client.api.containers(all=True)}
     used |= {
         image.id

@@ -18,10 +18,11 @@ from typing import Any
 
 from mainrun import dispatch, host, images, job_summary, launch, machine, machine_report
 from mainrun.containers import connect
+from mainrun.ending import Ending
 from mainrun.environment import secret_values, without_secrets
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.host import Host, num_bytes
-from mainrun.launch import Ending, Request
+from mainrun.request import Request
 from mainrun.stop import listening
 
 _TAIL_LINES = 200
@@ -60,8 +61,9 @@ def stop() -> None:
     """Stops what the job has left running, and waits until it has saved."""
     with _step("stop", required=False) as record:
         for found, ending in launch.stop(host.load(), dispatch.label_from(os.environ), say=_say):
-            record["run"] = f"runs/{found.run}" if found.run else None
-            record["ending"] = asdict(ending)
+            if ending is not None:
+                record["run"] = f"runs/{found.run}" if found.run else None
+                record["ending"] = asdict(ending)
 
 
 def summary() -> None:

@@ -23,8 +23,9 @@ LAYERS = [
     ["config"],
     ["host", "tracking + wandb_run + record + console + summary + plots + chart + markdown"],
     ["containers"],
-    ["launch", "images + builder", "machine + machine_report + runners", "job_summary"],
-    ["dispatch", "doctor"],
+    ["request", "ending"],
+    ["launch", "dispatch", "images + builder", "machine + machine_report + runners", "job_summary"],
+    ["doctor"],
     ["jobs"],
     # above this line JAX may be imported
     ["model", "data"],
@@ -35,7 +36,7 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
-HOST_LAYERS = 8
+HOST_LAYERS = 9
 LAYER = {
     name: (row, unit)
     for row, units in enumerate(LAYERS)

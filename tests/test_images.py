@@ -17,9 +17,10 @@ import docker
 import pytest
 from docker.errors import DockerException, ImageNotFound, NotFound
 
-from mainrun import builder, containers, images, launch
+from mainrun import builder, containers, images
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.host import Host
+from mainrun.request import Request, container_options
 from mainrun.stop import StopSignal
 
 BASE = "mainrun-base:test"
@@ -181,8 +182,8 @@ def test_silent_builder_gave_no_reason():
 
 
 def test_smoke_test_has_the_rights_of_a_job_and_no_network_or_folder():
-    request = launch.Request(task="train", words=(), label="1", image="mainrun:abc")
-    job = launch.container_options(request, Host())
+    asked = Request(task="train", words=(), label="1", image="mainrun:abc")
+    job = container_options(asked, Host())
     smoke = images.smoke_options("mainrun:abc")
     for right in ("user", "read_only", "cap_drop", "security_opt", "init", "pids_limit"):
         assert smoke[right] == job[right], right

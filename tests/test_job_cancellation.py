@@ -72,7 +72,7 @@ class Machine:
     def assert_nothing_is_left(self) -> None:
         assert self.containers() == []
         folder = self.folder / "locks"
-        assert not [path.name for path in folder.iterdir() if locks.is_held(folder, path.name)]
+        assert not [path.name for path in folder.glob("*") if locks.is_held(folder, path.name)]
         assert {path.lstat().st_uid for path in self.folder.rglob("*")} == {os.getuid()}
 
 
@@ -227,6 +227,21 @@ def test_the_next_job_reaps_what_a_runner_that_was_killed_left(
     wait_until(job, runner, recorded("train_step", 5))
     runner_cancellation.kill_tree(runner)
     assert len(machine.containers()) == 1
+    assert_resumed_ends_the_same(machine, uninterrupted)
+
+
+def test_a_job_whose_runner_alone_was_killed_stops_by_itself_and_saves(
+    machine: Machine, uninterrupted: Path
+):
+    job = machine.dispatch()
+    runner = job.begin("run", runner=True)
+    wait_until(job, runner, recorded("train_step", 5))
+    runner.kill()
+    runner.wait()
+    while machine.containers():
+        time.sleep(0.1)  # a poll; pytest's time limit ends it
+    summary = json.loads((machine.run / "summary.json").read_text())
+    assert summary["status"] == "stopped"
     assert_resumed_ends_the_same(machine, uninterrupted)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mainrun import cli, launch
+from mainrun import cli, launch, request
 from tests.workflows import policy
 
 BESIDE = Path(sys.executable).parent
@@ -189,7 +189,7 @@ def test_command_of_a_step_exists(place: str, words: list[str]):
 
 def test_every_call_of_a_task_names_one_that_there_is():
     tasks = set(yaml.safe_load((REPOSITORY / "taskfile.yml").read_text())["tasks"])
-    for task in launch.TASKS:  # the container's command is `task -x TASK`
+    for task in request.TASKS:  # the container's command is `task -x TASK`
         assert task in tasks
 
 
