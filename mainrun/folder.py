@@ -35,8 +35,12 @@ def create(
     device: str,
     command: Sequence[str],
 ) -> Path:
-    """A new folder; without `run_dir`, `runs/<date>-<time>-<name>`. UserError if it exists."""
-    wanted = [run_dir] if run_dir else _names(Path("runs"), name)
+    """A new folder; without `run_dir`, `<date>-<time>-<name>` in $MAINRUN_RUNS_DIR or `runs`.
+
+    UserError if it exists.
+    """
+    runs = Path(os.environ.get("MAINRUN_RUNS_DIR") or "runs")
+    wanted = [run_dir] if run_dir else _names(runs, name)
     partial = None
     try:
         for path in wanted:

@@ -22,6 +22,7 @@ from mainrun.ending import Ending
 from mainrun.environment import secret_values, without_secrets
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.host import Host, num_bytes
+from mainrun.markdown import message
 from mainrun.request import Request
 from mainrun.stop import listening
 
@@ -54,6 +55,8 @@ def run() -> int:
         with listening(with_parent=True) as stopping, _log() as output:
             ending = launch.launch(request, machine_settings, stopping=stopping, output=output)
         record["ending"] = asdict(ending)
+        if ending.kind != "finished":
+            _annotate(f"{ending.sentence}; {ending.remedy}")
         return ending.exit_code
 
 
@@ -92,14 +95,22 @@ def status(*, reap: bool) -> bool:
 
 
 def update(*, rollback: bool) -> None:
-    """Moves `mainrun:current`: to an image of this checkout, or back to the one before it."""
-    client = connect()
-    if rollback:
-        lines = [images.rollback(client)]
-    else:
-        with listening() as stopping:
-            lines = images.update(host.load(), context=Path.cwd(), stopping=stopping, say=_say)
-    _to_page("# Image\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
+    """Moves `mainrun:current`: to an image of this checkout, or back to the one before it.
+
+    Raises UserError, RunFailed or Stopped, and then every name is where it was.
+    """
+    try:
+        if rollback:
+            lines = [images.rollback(connect())]
+        else:
+            with listening() as stopping:
+                lines = images.update(host.load(), context=Path.cwd(), stopping=stopping, say=_say)
+    except (UserError, RunFailed, Stopped) as error:
+        sentence = _ending_of(error, "image").sentence
+        _to_page(f"# Nothing was changed\n\n{message(sentence)}\n")
+        _annotate(sentence)
+        raise
+    _to_page("# Image\n\n" + "".join(f"- {message(line)}\n" for line in lines))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -123,9 +134,10 @@ def _step(name: str, *, required: bool = True) -> Iterator[dict[str, Any]]:
     try:
         yield record
     except (UserError, RunFailed, Stopped) as error:
+        ending = _ending_of(error, name)
         if required:
-            record["ending"] = asdict(_ending_of(error, name))
-        _annotate(record["ending"]["sentence"] if record["ending"] else str(error))
+            record["ending"] = asdict(ending)
+        _annotate(ending.sentence)
         raise
     finally:
         _write(path, record)

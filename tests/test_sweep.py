@@ -549,8 +549,8 @@ def test_a_stopped_sweep_at_wandb_goes_on_with_its_own_trial_first(
 ):
     with WandbServer([{"optimizer.learning_rate": 0.02}]) as server:
         process = online(server, "--run-dir", "a", "--count", "1", "training.max_steps=400")
-        wait_until(process, lambda: any(logged(p, "train_step") >= 3
-                                        for p in (tmp_path / "runs").glob("*")))  # fmt: skip
+        trials = tmp_path / "a" / "trials"
+        wait_until(process, lambda: any(logged(p, "train_step") >= 3 for p in trials.glob("*")))
         process.send_signal(signal.SIGTERM)
         shown, _ = process.communicate(timeout=200)
         assert process.returncode == 75, shown

@@ -228,16 +228,20 @@ def _agent(path: str, count: int | None) -> list[str]:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The agent's: `mainrun` is ours, whatever PATH said, and its files stay in the folder."""
+    """The agent's: `mainrun` is ours, whatever PATH said; files and trials stay in the folder."""
     ours = str(Path(sys.executable).parent)
     path = os.pathsep.join([ours, *filter(None, [os.environ.get("PATH")])])
-    return os.environ | {"PATH": path, "WANDB_DIR": str(folder.resolve())}
+    return os.environ | {
+        "PATH": path,
+        "WANDB_DIR": str(folder.resolve()),
+        "MAINRUN_RUNS_DIR": str(folder / "trials"),
+    }
 
 
 def _trials(made: Sweep) -> tuple[list[Trial], dict[int, Path]]:
     """The trials that the agents of this folder began, and the run folders that they have."""
     names = _parameters_of_runs(made.folder)
-    folders = _run_folders(set(names))
+    folders = _run_folders(made.folder / "trials", set(names))
     trials, run_dirs = [], {}
     for number, (run_id, file) in enumerate(names.items(), start=1):
         stored = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -261,10 +265,10 @@ def _parameters_of_runs(folder: Path) -> dict[str, Path]:
     return {file.stem.removeprefix("config-"): file for file in ordered}
 
 
-def _run_folders(ids: set[str]) -> dict[str, Path]:
+def _run_folders(runs: Path, ids: set[str]) -> dict[str, Path]:
     """The folder of each run, found by the id that its record keeps."""
     found = {}
-    for record in Path("runs").glob("*/events.jsonl"):
+    for record in runs.glob("*/events.jsonl"):
         with contextlib.suppress(UserError, RunFailed, OSError):
             for event in read_events(record):
                 if event.get("wandb_id") in ids:
