@@ -77,7 +77,8 @@ def launch(
         try:
             return _run(client, container_id, host, stopping, secrets, tell)
         finally:
-            containers.remove(client, container_id)
+            with contextlib.suppress(*_TROUBLE):  # the Engine is gone: then it is a stray, later
+                containers.remove(client, container_id)
 
 
 def stop(

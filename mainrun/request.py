@@ -49,8 +49,12 @@ def request_here(task: str, words: Sequence[str], host: Host) -> Request:
     if task not in TASKS:
         raise UserError(f"{task!r} is no task of a container: there are {', '.join(TASKS)}")
     label = f"{datetime.now():%Y%m%d-%H%M%S}"
-    words, run = list(words), ""
+    words = [part for word in words for part in _option_and_value(word)]
+    run = ""
     match task:
+        case "sweep" if words and (host.runs_dir / Path(words[0]).name).is_dir():
+            run = Path(words[0]).name  # one that is gone on with
+            words[0] = f"runs/{run}"
         case "train" | "sweep":
             stem = next((Path(word).stem for word in words if "=" not in word), "quickstart")
             words, run = _with_run_dir(words, default=f"{label}-{stem.lstrip('-')}")
@@ -161,6 +165,11 @@ def container_options(
         "network_mode": host.network,
         "log_config": LogConfig(type="local", config={"max-size": "20m", "max-file": "5"}),
     }
+
+
+def _option_and_value(word: str) -> list[str]:
+    """`--run-dir=DIR` as the two words that it is."""
+    return word.split("=", 1) if word.startswith("--run-dir=") else [word]
 
 
 def _with_run_dir(words: list[str], *, default: str) -> tuple[list[str], str]:

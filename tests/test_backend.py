@@ -36,6 +36,18 @@ def test_peak_memory_is_the_processs_own_and_not_its_parents() -> None:
     assert 50 * 2**20 < int(done.stdout) < len(ballast)
 
 
+def test_a_device_that_is_asked_for_and_absent_is_an_error_and_no_run_on_the_cpu() -> None:
+    program = "from mainrun.training import backend; backend.prepare()"
+    for platform in ("cuda", "no-such-platform"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": platform},
+        )  # fmt: skip
+        if platform == "cuda" and done.returncode == 0:
+            pytest.skip("this machine has a GPU")
+        assert f"UserError: JAX_PLATFORMS={platform}, but JAX has no such device" in done.stderr
+
+
 def test_a_step_that_does_not_fit_is_refused_with_the_remedy() -> None:
     memory.check_fits(90, 100)
     memory.check_fits(2**60, None)

@@ -105,6 +105,19 @@ def test_at_a_terminal_a_run_may_be_named(machine: Host):
     assert (request.run, request.words) == ("mine", ("--run-dir", "runs/mine"))
 
 
+def test_a_named_run_may_be_named_in_one_word(machine: Host):
+    request = request_here("train", ["--run-dir=mine"], machine)
+    assert (request.run, request.words) == ("mine", ("--run-dir", "runs/mine"))
+
+
+def test_a_sweep_of_this_machine_is_gone_on_with(machine: Host, tmp_path: Path):
+    (tmp_path / "runs" / "lr").mkdir(parents=True)
+    request = request_here("sweep", ["runs/lr", "--count", "9"], machine)
+    assert (request.run, request.words) == ("lr", ("runs/lr", "--count", "9"))
+    new = request_here("sweep", ["config/sweep/quickstart.yaml"], machine)
+    assert new.words[-2:] == ("--run-dir", f"runs/{new.run}")
+
+
 def test_a_run_folder_of_this_machine_is_the_same_in_the_container(machine: Host, tmp_path: Path):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     request = request_here("resume", [str(tmp_path / "runs" / "mine"), "seed=1"], machine)

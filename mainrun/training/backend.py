@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import platform
 import resource
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 
 from mainrun.data import cache
+from mainrun.errors import UserError, one_line
 
 _CPU_TOKENS = 1024
 """Tokens of a micro-batch on a CPU: its temporaries stay near the cache, and a step of 8,192
@@ -16,13 +18,17 @@ tokens took 6.9 s instead of 10.8 (SPEED 3.2)."""
 
 
 def prepare() -> None:
-    """Set up this process; call before the first JAX computation. Twice is harmless."""
+    """Set up this process; call before the first JAX computation. Twice is harmless.
+
+    Raises UserError where JAX_PLATFORMS asks for a device that is not there: no silent fallback.
+    """
     if not Path("/dev/nvidiactl").exists():
         _keep_freed_memory()
     folder = cache.folder() / "jax" / _cpu_features()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _check_platform()
 
 
 def describe_device() -> str:
@@ -58,6 +64,20 @@ def memory_limit_bytes() -> int | None:
         return int(stats["bytes_limit"])
     kibibytes = _kibibytes("/proc/meminfo", "MemAvailable:")
     return None if kibibytes is None else kibibytes * 1024
+
+
+def _check_platform() -> None:
+    asked = os.environ.get("JAX_PLATFORMS")
+    if not asked:
+        return
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax 0.10 and 0.12 assert
+        why = f" ({one_line(error)})" if str(error) else ""
+        raise UserError(
+            f"JAX_PLATFORMS={asked}, but JAX has no such device{why}: `mainrun doctor` says what "
+            "is missing; JAX_PLATFORMS=cpu trains on the CPU"
+        ) from None
 
 
 def _kibibytes(path: str, field: str) -> int | None:
