@@ -103,7 +103,7 @@ def named(request: Request, inputs: Inputs, run: str) -> Request:
     match inputs.task:
         case "resume":
             words = [folder, *inputs.overrides]
-        case "sweep" if inputs.resume:
+        case "sweep" if not inputs.file:  # one that is gone on with
             words = [folder]
             words += ["--count", str(inputs.count)] if inputs.count is not None else []
         case "sweep":

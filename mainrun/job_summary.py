@@ -259,9 +259,10 @@ def _dispatch(job: Mapping[str, Any], run: _Run, *, longer: bool = False) -> str
     if longer:
         fields += " and more `training.epochs` or `training.max_steps` in `overrides`"
     other = ""
-    if page and workflow == "train":
+    if page:
+        what = "run" if workflow == "train" else "sweep"
         other = (
-            "; when the run is no longer on the GPU machine, with "
+            f"; when the {what} is no longer on the GPU machine, with "
             f"`resume_artifact` = `{page[2]}` in place of `resume`"
         )
     return f"dispatch {where} with {fields}{other}"

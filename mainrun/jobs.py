@@ -7,6 +7,7 @@ always runs, reads it also where nothing else ran. `out/` is all that is uploade
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -223,16 +224,14 @@ def _with_artifact(request: Request, record: Mapping[str, Any]) -> Request:
 
 
 def _bring_in(fetched: Path, runs: Path) -> str:
-    """Name of the newest run folder under `fetched`, now among the machine's runs."""
-    found = [
-        path.parent
-        for path in fetched.rglob("tokenizer.json")
-        if (path.parent / "config.yaml").is_file()
-    ]
+    """Name of the run or sweep that was fetched, now among the machine's runs.
+
+    Attempts of one workflow run lie side by side; the last one knows the most.
+    """
+    found = [path for path in fetched.glob("**/runs/*") if _is_run(path)]
     if not found:
         raise UserError("there is no artifact with a run folder: has it expired? (30 days)")
-    # Attempts of one workflow run are fetched side by side; the last one knows the most.
-    newest = max(found, key=lambda path: (path / "config.yaml").stat().st_mtime)
+    newest = max(found, key=_attempt)
     name = newest.name
     if not dispatch.is_run_name(name):
         raise UserError(f"the artifact's run folder has a name that no run has: {name!r}")
@@ -247,6 +246,18 @@ def _bring_in(fetched: Path, runs: Path) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{runs / name}: cannot be written ({error.strerror})") from error
     return name
+
+
+def _is_run(path: Path) -> bool:
+    """Whether it is the folder of a run, or of a sweep."""
+    files = (("config.yaml", "tokenizer.json"), ("sweep.yaml", "base.yaml"))
+    return any(all((path / file).is_file() for file in needed) for needed in files)
+
+
+def _attempt(path: Path) -> int:
+    """Of the job that its artifact is of: `train-<id>-<attempt>/runs/<name>`; a lone one has 0."""
+    found = re.search(r"-(\d+)$", path.parent.parent.name)
+    return int(found[1]) if found else 0
 
 
 def _collect(runs: Path, record: Mapping[str, Any]) -> None:

@@ -192,6 +192,10 @@ def say(line: str) -> None:
 
 def stop(line: str, code: int = 2) -> NoReturn:
     say(line)
+    page = os.environ.get("GITHUB_STEP_SUMMARY")
+    if page:  # a workflow's job that is not set up has nobody else to tell why
+        with open(page, "a", encoding="utf-8") as file:
+            file.write(f"# Set-up failed\n\n    {line}\n\nThe log of this step says more.\n")
     sys.exit(code)
 
 

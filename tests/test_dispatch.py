@@ -117,6 +117,12 @@ def test_a_sweep_is_gone_on_with_in_its_folder(machine: Host, tmp_path: Path):
     assert found.words == ("runs/lr-3-1", "--count", "9")
 
 
+def test_a_sweep_from_an_artifact_gets_its_name_when_it_is_there(machine: Host):
+    inputs = dispatch.inputs_from(env(task="sweep", resume_artifact="3", count="9"))
+    found = dispatch.named(request(machine, task="sweep", resume_artifact="3"), inputs, "lr-3-1")
+    assert (found.run, found.words) == ("lr-3-1", ("runs/lr-3-1", "--count", "9"))
+
+
 def test_the_gpus_asked_for_are_those_it_gets(machine: Host):
     assert request(machine, gpus="1,0").gpus == (0, 1)
     assert request(machine, gpus="none").gpus == ()

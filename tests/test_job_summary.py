@@ -249,7 +249,7 @@ def test_a_sweep_brings_its_own_summary_and_a_stopped_one_says_how_to_go_on(runs
     assert headings(page) == [
         ("h1", "Sweep was stopped"), ("h2", "random: stopped"), ("h3", "Best"),
     ]  # fmt: skip
-    assert "workflows/sweep.yml) with `resume` = `random-4711-1`." in page
+    assert "workflows/sweep.yml) with `resume` = `random-4711-1`; when the sweep is no" in page
     assert "last\n" in [token.content for token in tokens(page) if token.type == "fence"]
     assert "To go on" not in markdown(job("finished", **ended), runs, [])
     (folder / "summary.md").unlink()

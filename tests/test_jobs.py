@@ -134,8 +134,8 @@ def test_the_run_folder_is_put_beside_the_record(workspace: Path):
     assert not (copied / "secret").exists()
 
 
-def fetched_run(workspace: Path, name: str = "baseline-5-1") -> Path:
-    run = workspace / "in" / "train-5-1" / "runs" / name
+def fetched_run(workspace: Path, name: str = "baseline-5-1", attempt: int = 1) -> Path:
+    run = workspace / "in" / f"train-5-{attempt}" / "runs" / name
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("seed: 1\n")
     (run / "tokenizer.json").write_text("{}")
@@ -164,10 +164,19 @@ def test_an_artifact_without_a_run_is_refused(workspace: Path):
 
 
 def test_the_last_attempt_is_the_one_that_is_resumed(workspace: Path):
-    for attempt, name in enumerate(["baseline-5-1", "baseline-5-2"]):
-        run = fetched_run(workspace, name)
-        os.utime(run / "config.yaml", (attempt, attempt))
-    assert jobs._bring_in(workspace / "in", workspace / "disk") == "baseline-5-2"
+    for attempt in (9, 10, 2):
+        fetched_run(workspace, f"baseline-5-{attempt}", attempt)
+    assert jobs._bring_in(workspace / "in", workspace / "disk") == "baseline-5-10"
+
+
+def test_a_lone_artifact_and_a_sweep_are_found_too(workspace: Path):
+    sweep = workspace / "in" / "runs" / "lr-5-1"
+    (sweep / "trials" / "trial-001").mkdir(parents=True)
+    for file in ("sweep.yaml", "base.yaml", "trials/trial-001/config.yaml"):
+        (sweep / file).write_text("seed: 1\n")
+    (sweep / "trials" / "trial-001" / "tokenizer.json").write_text("{}")
+    assert jobs._bring_in(workspace / "in", workspace / "disk") == "lr-5-1"
+    assert (workspace / "disk" / "lr-5-1" / "trials" / "trial-001" / "config.yaml").is_file()
 
 
 def test_a_name_that_no_run_has_is_refused(workspace: Path):

@@ -41,7 +41,7 @@ def versions(name: str, python: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", [*LOCKS, "host.txt"])
 def test_lock_pins_every_package_by_hash_and_names_no_address(name):
     text = (ROOT / "requirements" / name).read_text()
     assert not re.search(r"https?:|file:|://|--(extra-)?index|--find-links|--trusted| @ ", text)
@@ -296,6 +296,13 @@ def test_wheels_come_before_the_project_and_are_not_installed_again_with_it(proj
         monkeypatch.setattr(sys, "argv", ["install.py", word])
         setup.main()
         assert project.done == done
+
+
+def test_a_workflows_page_says_why_it_could_not_be_set_up(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
+    with pytest.raises(SystemExit):
+        setup.stop("no suitable Python")
+    assert "    no suitable Python\n" in (tmp_path / "page.md").read_text()
 
 
 def test_unknown_word_is_told_what_there_is_to_install(project, monkeypatch, capsys):
