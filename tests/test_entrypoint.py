@@ -193,8 +193,9 @@ def test_go_task_and_what_it_started_save_under_two_stop_signals(
     running = run(TASK, "-x", "-t", taskfile, "train")
     assert running.line().startswith("ready")
     running.send(signal.SIGINT, signal.SIGTERM)
-    lines = [running.line(), running.line()]  # task's own and the trainer's, in any order
-    assert sorted(lines) == ["saving", 'task: Signal received: "terminated"']
+    said = running.line() + running.line()  # task's own and the trainer's, one amid the other even
+    assert "saving" in said
+    assert said.count("Signal received") == 1
     gate.write_text("")
     assert running.end()[:2] == (75, "saw SIGTERM")
 
