@@ -269,21 +269,23 @@ def lines_of(chunks: Iterable[bytes]) -> Iterable[str]:
 
 def _stop_stray(
     client: docker.DockerClient, found: Container, host: Host, say: Callable[[str], None]
-) -> Ending:
+) -> Ending | None:
+    """How it ended; None where somebody else was just removing it too."""
     say(f"stopping {found.name} ({found.task}): what started it is gone; it may save first")
     secrets = secret_values()
     try:
         client.api.stop(found.id, timeout=STOP_SECONDS)
-        state = _state(client, found.id)
+        state = client.api.inspect_container(found.id)["State"]
         log = client.api.logs(found.id, tail=_TAIL_LINES)
-        tail = [str(without_secrets(line, secrets)) for line in lines_of([log])]
+    except NotFound:
+        return None
     except _TROUBLE as error:
         raise RunFailed(containers.plain_words(error)) from None
     containers.remove(client, found.id)
     locks.forget(Path(found.locks), locks.job(found.job))
     result = ending_of(
         int(state["ExitCode"]),
-        tail,
+        [str(without_secrets(line, secrets)) for line in lines_of([log])],
         out_of_memory=bool(state["OOMKilled"]),
         memory_bytes=host.memory_bytes,
     )
