@@ -6,7 +6,6 @@ through us alone; and when we are killed outright, the kernel asks it to stop.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import io
 import os
@@ -14,13 +13,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mainrun.stop import StopSignal
 
 _POLL_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
+
+_UNTIL_PARENT_ENDS = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(128 + signal.SIGTERM)  # it had ended before
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 MAINRUN = (
     sys.executable, "-P", "-c", "import sys; from mainrun.cli import main; sys.exit(main())",
@@ -60,13 +67,12 @@ def follow(
     with open(output.name, "rb") as shown:
         shown.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            command,
+            _asked_to_stop_after_us(command),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
             process_group=0,
-            preexec_fn=_asked_to_stop_after(os.getpid()),
         )
         told = False
         try:
@@ -97,15 +103,12 @@ def _show(data: bytes) -> None:
             sys.stderr.flush()
 
 
-def _asked_to_stop_after(parent: int) -> Callable[[], None] | None:
-    """For the child between fork and exec: SIGTERM when its parent dies, however it dies."""
+def _asked_to_stop_after_us(command: Sequence[str]) -> list[str]:
+    """The command, which gets SIGTERM from the kernel when we end, however we end.
+
+    Said by the child itself, before it becomes the command: a function between fork and exec may
+    hang where the parent has threads.
+    """
     if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # loaded here: after a fork only the plainest is safe
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return prepare
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _UNTIL_PARENT_ENDS, str(os.getpid()), *command]
