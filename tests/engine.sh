@@ -5,7 +5,10 @@ set -euo pipefail
 
 base=mainrun-base:test
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
-install() { as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null; }
+install() {
+  as_root apt-get update -qq || true # a fresh machine may have no lists yet
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
+}
 
 if ! docker info >/dev/null 2>&1; then
   if ! command -v dockerd >/dev/null; then
@@ -25,8 +28,9 @@ if docker image inspect "$base" >/dev/null 2>&1; then exit 0; fi
 root=$(mktemp -d)
 trap 'as_root rm -rf "$root"' EXIT
 # The mirror that this machine itself uses; Debian's own where it says none.
-mirror=$(sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb  *\(\[[^]]*\] *\)\{0,1\}\([^ ]*\).*/\2/p' \
-  /etc/apt/sources.list.d/*.sources /etc/apt/sources.list 2>/dev/null | head -n 1)
+mirror=$(cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list 2>/dev/null \
+  | sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb  *\(\[[^]]*\] *\)\{0,1\}\([^ ]*\).*/\2/p' \
+  | sed 1q) || true # either file may be absent
 packages=ca-certificates,git,libstdc++6,python3,python3-venv
 # shellcheck disable=SC2086 # an empty mirror is no argument
 as_root debootstrap --variant=minbase --include="$packages" trixie "$root" $mirror >/tmp/debootstrap.log \
