@@ -158,7 +158,11 @@ def _image(options: argparse.Namespace) -> None:
             case "build":
                 given = {"target": options.target, "base_image": options.base_image}
                 settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
-                images.build(settings, context=here, tag=options.tag, stopping=stopping, say=_tell)
+                name = images.build(
+                    settings, context=here, tag=options.tag, stopping=stopping, say=_tell
+                )
+                if options.tag is None:  # what was just built is what `launch` takes
+                    _tell(images.promote(containers.connect(), name))
             case "update":
                 images.update(settings, context=here, stopping=stopping, say=_tell)
             case "smoke":

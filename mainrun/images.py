@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -75,8 +74,6 @@ def build(
     with contextlib.nullcontext(stopping) if stopping else listening() as stop:
         builder.run(client, command, stop, say)
     # Somebody's first image; later ones, and those of workflows, are promoted when they were tried.
-    if sys.stderr.isatty() and _find(client, f"{REPOSITORY}:current") is None:
-        say(promote(client, name))
     return name
 
 
