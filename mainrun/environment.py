@@ -93,21 +93,22 @@ def _commit(file: Path) -> tuple[str | None, bool | None]:
     In an image is no git checkout: what it was built from stands in MAINRUN_COMMIT, as `<sha>` or
     `<sha>-dirty`.
     """
-    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+    if git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         # installed, perhaps under somebody else's checkout
         built_from = re.fullmatch(
             r"([0-9a-f]{40,64})(-dirty)?", os.environ.get("MAINRUN_COMMIT", "")
         )
         return (built_from[1], built_from[2] is not None) if built_from else (None, None)
-    commit = _git(file.parent, "rev-parse", "HEAD")
-    changes = _git(file.parent, "status", "--porcelain")
+    commit = git(file.parent, "rev-parse", "HEAD")
+    changes = git(file.parent, "status", "--porcelain")
     return commit, None if changes is None else changes != ""
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git answers about a checkout; None where it has no answer."""
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None  # no git, no checkout, or one whose owner git distrusts
     return done.stdout.strip()

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -23,6 +22,7 @@ from docker.models.images import Image
 from requests.exceptions import RequestException
 
 from mainrun import builder, containers, gpu
+from mainrun.environment import git
 from mainrun.errors import RunFailed, UserError
 from mainrun.host import Host
 from mainrun.stop import StopSignal, listening
@@ -109,10 +109,10 @@ def commit_of(context: Path) -> str | None:
     """
     if sha := os.environ.get("GITHUB_SHA"):
         return sha
-    sha = _git(context, "rev-parse", "HEAD")
+    sha = git(context, "rev-parse", "HEAD")
     if sha is None:
         return None
-    return f"{sha}-dirty" if _git(context, "status", "--porcelain") else sha
+    return f"{sha}-dirty" if git(context, "status", "--porcelain") else sha
 
 
 def image_name(tag: str) -> str:
@@ -121,15 +121,6 @@ def image_name(tag: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._/-]*:\w[\w.-]{0,127}", name, re.ASCII):
         raise UserError(f"--tag {tag!r} is no name for an image: for example mainrun:trial-2")
     return name
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 # --- try

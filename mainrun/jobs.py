@@ -33,9 +33,8 @@ _TAIL_LINES = 200
 def check() -> None:
     """Looks at the inputs and at the machine, before anything is built. Raises UserError."""
     with _step("check") as record:
-        request = dispatch.request_from(os.environ)
-        record.update(_told(request))
         machine_settings = host.load()
+        record.update(_told(dispatch.request_from(os.environ, machine_settings)))
         _check_disk(machine_settings)
         for stray in launch.reap(machine_settings, say=_say):
             _say(f"removed {stray.name}, whose job is gone")
