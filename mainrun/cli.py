@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,6 +54,9 @@ def _train(options: argparse.Namespace) -> None:
     path, overrides = _config_and_overrides(options.words)
     path = path or config.default_config_root() / "base" / "quickstart.yaml"
     settings = config.load(path, overrides)
+    if translated := config.notes(path):
+        _tell_all(translated)
+        _tell(f"{path} is in the report's layout; its new form: mainrun config {path} > new.yaml")
     if options.run_dir is not None and options.run_dir.exists():
         raise UserError(f"{options.run_dir} exists: choose another --run-dir, or resume it")
     from mainrun import run
@@ -102,12 +105,24 @@ def _generate(options: argparse.Namespace) -> None:
     print("\n".join(map(printable, texts)))
 
 
+def _export(options: argparse.Namespace) -> None:
+    from mainrun import export
+
+    print(
+        export.export(
+            options.run_dir, options.output, format=options.format, checkpoint=options.checkpoint
+        )
+    )
+
+
 def _sweep(options: argparse.Namespace) -> None:
-    from mainrun.sweep import start
+    from mainrun.sweep import start, sweep_file
 
     files = [word for word in options.words if "=" not in word]
     if len(files) != 1:
         raise UserError("sweep takes one file, a search space such as config/sweep/quickstart.yaml")
+    if Path(files[0]).is_file():
+        _tell_all(sweep_file.read(Path(files[0])).notes)
     start.run(
         Path(files[0]),
         [word for word in options.words if "=" in word],
@@ -220,11 +235,31 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _tell_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _tell(line)
+
+
 def _config(options: argparse.Namespace) -> None:
     from mainrun import config
 
     path, overrides = _config_and_overrides(options.words)
     print(config.to_yaml(config.load(path, overrides)), end="")
+    _tell_all(config.notes(path) if path else ())
+
+
+def _memory(options: argparse.Namespace) -> None:
+    from mainrun import config
+
+    path, overrides = _config_and_overrides(options.words)
+    path = path or config.default_config_root() / "base" / "quickstart.yaml"
+    settings = config.load(path, overrides)
+    _tell_all(config.notes(path))
+    from mainrun import memory
+
+    _tell("compiling the training step")
+    found = memory.examine(settings, options.vocab_size)
+    print(json.dumps(memory.as_dict(found)) if options.json else memory.table(found))
 
 
 def _config_and_overrides(words: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -254,7 +289,9 @@ def _parser() -> argparse.ArgumentParser:
         ("resume", _resume, _resume_words, "go on from a run's newest complete checkpoint"),
         ("evaluate", _evaluate, _evaluate_words, "metrics of a run's best checkpoint"),
         ("generate", _generate, _generate_words, "text from a run's best checkpoint"),
+        ("export", _export, _export_words, "a run's model in a folder for other programs"),
         ("config", _config, _config_words, "print the resolved config"),
+        ("memory", _memory, _memory_words, "bytes of a training step, by part and as compiled"),
         ("sweep", _sweep, _sweep_words, "trials of a search space in W&B's format"),
         ("launch", _launch, _launch_words, "a task in its container, cleaned up whatever happens"),
         ("image", _image, _image_words, "build, test, move and remove the containers' images"),
@@ -300,9 +337,27 @@ def _generate_words(command: argparse.ArgumentParser) -> None:
     option("--seed", int, 0, "S", "of the draws")
 
 
+def _export_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.add_argument(
+        "--format", choices=("safetensors", "huggingface"), required=True,
+        help="any model under mainrun's names; or what transformers opens, if a class holds it",
+    )  # fmt: skip
+    command.add_argument("--output", type=Path, metavar="DIR", required=True, help="a new folder")
+    command.add_argument("--checkpoint", choices=("best", "newest"), default="best")
+
+
 def _config_words(command: argparse.ArgumentParser, default: str = "base") -> None:
     does = f"a config file (default: {default}), {_OVERRIDES}"
     command.add_argument("words", nargs="*", metavar="CONFIG k=v", help=does)
+
+
+def _memory_words(command: argparse.ArgumentParser) -> None:
+    _config_words(command, default="quickstart")
+    command.add_argument(
+        "--vocab-size", type=_count, metavar="N", help="tokens; default: what the config asks for"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def _sweep_words(command: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ pydantic finds what is wrong; here its findings become one line in the user's ow
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,28 +18,33 @@ def message(
     error: ValidationError, schema: type, tree: Mapping[str, Any], origins: Mapping[str, str]
 ) -> str:
     """One line for the first thing wrong with `tree`; `origins` says where each path was set."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    first = min(error.errors(), key=lambda e: e["type"] not in unknown)
     return _line(first, schema, tree, origins)
 
 
 def _line(error: Any, schema: type, tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     path = _dotted(error["loc"], tree)
-    place = _place(path, origins)
+    place = _place([path], origins)
     given, context = error["input"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
             return f"unknown setting `{path}`{_nearest(path, schema)}{place}"
         case "value_error":
-            prefix = (
-                "" if str(context["error"]).startswith(("model.", "training.")) else f"{path}: "
-            )
-            return f"{prefix}{context['error']}{place}"
+            said = str(context["error"])
+            named = re.findall(r"\w+(?:\.\w+)+", said)
+            written = [name for name in named if name in origins]
+            names_itself = not path or said.partition("=")[0] in all_paths(schema)
+            prefix = "" if names_itself else f"{path}: "
+            return f"{prefix}{said}{_place(written or [*named, path], origins)}"
         case "literal_error":
             return f"{path}={_show(given)}: accepted are {context['expected']}{place}"
-        case "union_tag_invalid" | "union_tag_not_found":
-            kinds = context.get("expected_tags") or "see config/base.yaml"
-            kind = given.get("kind") if isinstance(given, Mapping) else given
-            return f"{path}.kind={_show(kind)}: accepted are {kinds}{place}"
+        case "union_tag_invalid" | "union_tag_not_found" | "dict_type":
+            kinds = ", ".join(repr(k) for cls in _classes_at(path, schema) for k in kinds_of(cls))
+            if isinstance(given, Mapping):
+                return f"{path}.kind={_show(given.get('kind'))}: accepted are {kinds}{place}"
+            expected = f"a mapping of settings is expected, whose `kind` is one of {kinds}"
+            return f"{path}={_show(given)}: {expected}{place}"
         case _:
             return f"{path}={_show(given)}: {_expectation(error)}{place}"
 
@@ -63,13 +69,20 @@ def _expectation(error: Any) -> str:
     return words.get(error["type"], error["msg"][:1].lower() + error["msg"][1:]).format(**context)
 
 
-def _place(path: str, origins: Mapping[str, str]) -> str:
-    """` (file:line)` of the nearest enclosing setting that was written somewhere."""
+def _place(paths: Sequence[str], origins: Mapping[str, str]) -> str:
+    """` (file:line)` where the settings were written; what the command line says goes first."""
+    found = dict.fromkeys(origin for path in paths if (origin := _origin(path, origins)))
+    if not found:
+        return ""
+    return f" ({'command line' if 'command line' in found else ', '.join(found)})"
+
+
+def _origin(path: str, origins: Mapping[str, str]) -> str | None:
+    """Of the setting itself, else of the first inside it, else of the nearest around it."""
+    inside = (origin for name, origin in origins.items() if name.startswith(f"{path}."))
     parts = path.split(".")
-    for end in range(len(parts), 0, -1):
-        if origin := origins.get(".".join(parts[:end])):
-            return f" ({origin})"
-    return ""
+    around = (origins.get(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1))
+    return origins.get(path) or next(inside, None) or next(filter(None, around), None)
 
 
 def _dotted(loc: Sequence[str | int], tree: Any) -> str:
@@ -89,10 +102,14 @@ def _dotted(loc: Sequence[str | int], tree: Any) -> str:
 
 
 def _nearest(path: str, schema: type) -> str:
-    """`; did you mean …?`: the same name elsewhere, else a name spelt nearly so."""
+    """What to write instead: another kind, the same name elsewhere, a name spelt nearly so."""
     parent, _, name = path.rpartition(".")
     if ":" in name:
         return f"; write `{name.replace(':', ': ', 1)}` with a space after the colon"
+    owners = [cls for cls in _classes_at(parent, schema) if name in _field_names(cls)]
+    if owners:
+        kinds = ", ".join(kind for cls in owners for kind in kinds_of(cls))
+        return f": it belongs to {parent}.kind={kinds}"
     known = list(all_paths(schema))
     siblings = [p for p in known if p.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
@@ -107,7 +124,7 @@ def _nearest(path: str, schema: type) -> str:
 
 def all_paths(schema: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted path of the schema, of every variant."""
-    for cls in _dataclasses_in(schema):
+    for cls in dataclasses_in(schema):
         hints = typing.get_type_hints(cls, include_extras=True)
         for field in dataclasses.fields(cls):
             dotted = f"{prefix}.{field.name}" if prefix else field.name
@@ -115,11 +132,31 @@ def all_paths(schema: Any, prefix: str = "") -> Iterator[str]:
             yield from all_paths(hints[field.name], dotted)
 
 
-def _dataclasses_in(annotation: Any) -> list[type]:
+def dataclasses_in(annotation: Any) -> list[type]:
+    """The classes of settings that the annotation allows."""
     if typing.get_origin(annotation) in (Annotated, Union, types.UnionType):
-        return [c for arg in typing.get_args(annotation) for c in _dataclasses_in(arg)]
+        return [c for arg in typing.get_args(annotation) for c in dataclasses_in(arg)]
     is_class = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
     return [annotation] if is_class else []
+
+
+def kinds_of(cls: type) -> tuple[str, ...]:
+    """The values of its `kind`, by which a union knows the class; none where it has no `kind`."""
+    return typing.get_args(typing.get_type_hints(cls).get("kind"))
+
+
+def _classes_at(path: str, schema: type) -> list[type]:
+    """Those that may stand at the path, whatever kinds are chosen above it."""
+    found = [schema]
+    for name in path.split(".") if path else ():
+        hints = [typing.get_type_hints(cls, include_extras=True) for cls in found]
+        inner = (cls for hint in hints for cls in dataclasses_in(hint.get(name)))
+        found = list(dict.fromkeys(inner))
+    return found
+
+
+def _field_names(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 def _show(value: Any) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 PACKAGES = (
     "mainrun", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers",
-    "pyarrow", "pydantic", "structlog", "wandb",
+    "tiktoken", "pyarrow", "pydantic", "structlog", "wandb",
 )  # fmt: skip
 """What may move a number or a file format."""
 

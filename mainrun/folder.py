@@ -7,10 +7,11 @@ first step and never changes after: config, tokenizer, environment.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -20,6 +21,8 @@ from mainrun.data import tokenizers
 from mainrun.environment import write_environment
 from mainrun.errors import UserError
 from mainrun.record import read_events
+
+BASE = "base.json"
 
 _FIXED = ("seed", "data", "tokenizer", "model", "optimizer.kind", "training.batch_size")
 """What a resumed run cannot change: weights, moments and the order of the data depend on it."""
@@ -34,10 +37,12 @@ def create(
     data_fingerprint: str,
     device: str,
     command: Sequence[str],
+    base: Mapping[str, Any] | None = None,
 ) -> Path:
     """A new folder; without `run_dir`, `<date>-<time>-<name>` in $MAINRUN_RUNS_DIR or `runs`.
 
-    UserError if it exists.
+    `base` says which parameters training starts from, if it is not fresh ones. UserError if the
+    folder exists.
     """
     runs = Path(os.environ.get("MAINRUN_RUNS_DIR") or "runs")
     wanted = [run_dir] if run_dir else _names(runs, name)
@@ -51,6 +56,8 @@ def create(
             partial.mkdir(parents=True)
             (partial / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
             tokenizers.save(tokenizer, partial / "tokenizer.json")
+            if base is not None:
+                (partial / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
             write_environment(
                 partial, command=command, devices=[device], data_fingerprint=data_fingerprint
             )
@@ -61,6 +68,18 @@ def create(
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{path}: cannot be made ({error.strerror}); see --run-dir") from error
     raise UserError(f"{run_dir} exists: choose another --run-dir, or resume it")
+
+
+def base_reference(run_dir: Path) -> dict[str, Any] | None:
+    """What `create` was told of the base: its `run_dir`, `step` and `fingerprint`; or None."""
+    path = run_dir / BASE
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {name: stored[name] for name in ("run_dir", "step", "fingerprint")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import optax
 from tokenizers import Tokenizer
 
-from mainrun.config import Config
+from mainrun.config import Config, Tiktoken
 from mainrun.data import batches, sources, tokenizers
 from mainrun.data.batches import Windows
 from mainrun.errors import UserError
@@ -57,8 +57,7 @@ def read_texts(config: Config, tokenizer: Tokenizer | None = None) -> Texts:
     documents = sources.documents(config.data, config.seed)
     train, validation = sources.split(documents, config.data.validation_fraction)
     if tokenizer is None:
-        seen = documents if config.tokenizer.fit_on == "all" else train
-        tokenizer = tokenizers.fit(config.tokenizer, seen)
+        tokenizer = tokenizers.fit(config.tokenizer, _shown(config, documents, train))
     train_ids = tokenizers.encode(tokenizer, train)
     return Texts(
         tokenizer=tokenizer,
@@ -68,6 +67,15 @@ def read_texts(config: Config, tokenizer: Tokenizer | None = None) -> Texts:
         num_train_tokens=sum(map(len, train_ids)) + len(train),
         fingerprint=sources.fingerprint(documents),
     )
+
+
+def _shown(config: Config, documents: list[str], train: list[str]) -> list[str]:
+    """What the tokenizer sees while it is fitted, or only tried."""
+    match config.tokenizer:
+        case Tiktoken():
+            return train
+        case fitted:
+            return documents if fitted.fit_on == "all" else train
 
 
 def validation_text(config: Config, tokenizer: Tokenizer, documents: list[str]) -> Text:

@@ -6,7 +6,7 @@ are opened and closed. Whatever the user got wrong is found before the folder is
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +14,15 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from mainrun import folder, memory, parts, stop
+from mainrun import folder, memory, parts, stop, trained
+from mainrun.base import Base
 from mainrun.config import Config
 from mainrun.data import batches, sources, tokenizers
 from mainrun.data.batches import Batch
 from mainrun.environment import write_environment
 from mainrun.errors import Stopped, UserError
 from mainrun.model.generate import generate
-from mainrun.model.gpt import num_parameters
+from mainrun.model.gpt import Params, num_parameters
 from mainrun.parts import Parts, Texts
 from mainrun.summary import resume_command
 from mainrun.tracking import Tracker, open_tracker
@@ -41,6 +42,7 @@ class Compiled:
     train_step: TrainStep
     seconds: float
     step_bytes: int
+    estimate: memory.Estimate
 
 
 def train(config: Config, run_dir: Path | None, name: str, *, command: Sequence[str]) -> None:
@@ -49,10 +51,11 @@ def train(config: Config, run_dir: Path | None, name: str, *, command: Sequence[
     Raises UserError, RunFailed or Stopped.
     """
     config = _with_pinned_data(config)
-    texts = _read_texts(config)
+    base = _load_base(config)
+    texts = _read_texts(config, base.tokenizer if base else None)
     # Only now: until there is something to save, a signal simply ends the process.
     with stop.listening() as stopping:
-        joined, compiled = _assemble(config, texts)
+        joined, compiled = _assemble(config, texts, base)
         run_dir = folder.create(
             run_dir,
             name,
@@ -61,12 +64,13 @@ def train(config: Config, run_dir: Path | None, name: str, *, command: Sequence[
             data_fingerprint=texts.fingerprint,
             device=backend.describe_device(),
             command=command,
+            base=base.reference() if base else None,
         )
         with (
             open_tracker(run_dir, config, total_steps=joined.plan.total_steps) as tracker,
             Checkpoints(run_dir / "checkpoints", keep=config.training.checkpoint.keep) as saved,
         ):
-            state = jax.jit(lambda: _initial(config, joined))()
+            state = _initial(config, joined, base)
             run = _Run(config, joined, tracker, saved, stopping, resume_command(run_dir))
             run.tell_start(run_dir.name, state, compiled)
             run.go(state, Progress(), compiled.train_step)
@@ -81,6 +85,7 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
     if not overrides and folder.is_finished(run_dir):
         _say(f"{run_dir} is finished: nothing is left to do")
         return
+    base = trained.base_to_resume(config, run_dir)
     texts = _read_texts(config, tokenizers.load(run_dir / "tokenizer.json"))
     if texts.fingerprint != (trained_on := folder.data_fingerprint(run_dir)):
         raise UserError(
@@ -88,8 +93,10 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
             f"{texts.fingerprint[:12]}, not {trained_on[:12]}): resume with the data it had"
         )
     with stop.listening() as stopping:
-        joined, compiled = _assemble(config, texts)
-        restored, damaged = _newest(run_dir, jax.eval_shape(lambda: _initial(config, joined)))
+        joined, compiled = _assemble(config, texts, base)
+        restored, damaged = _newest(run_dir, _restorable(config, joined, base))
+        if restored is None and base is None and config.training.init_from is not None:
+            base = trained.find_base(config, run_dir)
         start = restored.step if restored else 0
         with (
             open_tracker(
@@ -107,7 +114,7 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
                 devices=[backend.describe_device()],
                 data_fingerprint=texts.fingerprint,
             )
-            state = restored.state if restored else jax.jit(lambda: _initial(config, joined))()
+            state = restored.state if restored else _initial(config, joined, base)
             progress = restored.progress if restored else Progress()
             again = resume_command(run_dir, overrides)
             run = _Run(config, joined, tracker, saved, stopping, again)
@@ -116,13 +123,14 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
 
 def dry_run(config: Config) -> str:
     """Everything up to the first step; a report of what a run would be and need."""
-    texts = _read_texts(config)
-    joined, compiled = _assemble(config, texts)
+    base = _load_base(config)
+    texts = _read_texts(config, base.tokenizer if base else None)
+    joined, compiled = _assemble(config, texts, base)
     plan = joined.plan
-    shapes = jax.eval_shape(lambda: _initial(config, joined))
+    shapes = _initial_shapes(config, joined, base)
     limit = backend.memory_limit_bytes()
     rows = [
-        ("parameters", f"{num_parameters(shapes.params):,}"),
+        ("parameters", _parameters(shapes)),
         ("vocabulary", f"{joined.network.vocab_size:,} tokens"),
         ("training text", f"{texts.num_train_documents:,} documents, "
                           f"{texts.num_train_tokens:,} tokens, {len(texts.train):,} windows"),
@@ -133,9 +141,16 @@ def dry_run(config: Config) -> str:
         ("device", backend.describe_device()),
         ("memory of a step", f"{memory.gibibytes(compiled.step_bytes)} by the compiler's count"
                              + (f", {memory.gibibytes(limit)} available" if limit else "")),
+        ("by part", memory.by_part(compiled.estimate)),
         ("compilation", f"{compiled.seconds:.1f} s"),
     ]  # fmt: skip
     return "\n".join(f"{name:16} {value}" for name, value in rows)
+
+
+def _parameters(state: TrainState) -> str:
+    """How many there are, and how many of them are trained."""
+    trains = f", {num_parameters(state.params):,} of them trained" if state.frozen else ""
+    return f"{num_parameters(state.all_params):,}{trains}"
 
 
 class _Run:
@@ -165,7 +180,8 @@ class _Run:
             "run_started",
             0,
             name=name,
-            parameters=num_parameters(state.params),
+            parameters=num_parameters(state.all_params),
+            trained_parameters=num_parameters(state.params),
             vocab_size=self._parts.network.vocab_size,
             total_steps=self._parts.plan.total_steps,
             steps_per_epoch=self._parts.steps_per_epoch,
@@ -178,6 +194,8 @@ class _Run:
             micro_batches=self._parts.micro_batches,
             compile_seconds=compiled.seconds,
             step_bytes=compiled.step_bytes,
+            estimated_step_bytes=compiled.estimate.total_bytes,
+            memory_bytes=compiled.estimate.by_part,
         )
 
     def go(self, state: TrainState, progress: Progress, train_step: TrainStep) -> None:
@@ -201,11 +219,11 @@ class _Run:
     def evaluate(self, state: TrainState) -> float:
         started, number = time.perf_counter(), int(state.step)
         text, batch_size = self._parts.texts.validation, self._config.training.batch_size
-        nll = evaluate.score(
-            self._score_batch, state.params, text.windows, batch_size, self._stopping.check
+        scored = evaluate.score(
+            self._score_batch, state.all_params, text.windows, batch_size, self._stopping.check
         )
         context_length = self._config.data.context_length
-        found = evaluate.metrics(nll, text, batch_size=batch_size, context_length=context_length)
+        found = evaluate.metrics(scored, text, batch_size=batch_size, context_length=context_length)
         seconds = {"val/seconds": time.perf_counter() - started}
         samples = self._samples(state)
         self._stopping.check()
@@ -232,8 +250,9 @@ class _Run:
             return []
         tokens = generate(
             self._parts.network,
-            state.params,
+            state.all_params,
             np.full((count, 1), eos_id, np.int32),
+            np.ones(count, np.int32),
             jax.random.fold_in(jax.random.key(self._config.seed), state.step),
             max_tokens=min(_SAMPLE_TOKENS, self._config.data.context_length - 1),
             eos_id=eos_id,
@@ -249,11 +268,17 @@ def _read_texts(config: Config, tokenizer: Tokenizer | None = None) -> Texts:
     return parts.read_texts(config, tokenizer)
 
 
-def _assemble(config: Config, texts: Texts) -> tuple[Parts, Compiled]:
+def _load_base(config: Config) -> Base | None:
+    if config.training.init_from is not None:
+        _say(f"reading {config.training.init_from}")
+    return trained.load_base(config)
+
+
+def _assemble(config: Config, texts: Texts, base: Base | None) -> tuple[Parts, Compiled]:
     """Network and optimizer, and the step compiled; UserError for what cannot work or fit."""
     joined = parts.assemble(config, texts)
     _say("compiling the training step")
-    compiled = _compile(config, joined)
+    compiled = _compile(config, joined, base)
     memory.check_fits(compiled.step_bytes, backend.memory_limit_bytes())
     return joined, compiled
 
@@ -272,7 +297,7 @@ def _with_pinned_data(config: Config) -> Config:
     return replace(config, data=replace(config.data, revision=sources.revision(config.data)))
 
 
-def _compile(config: Config, joined: Parts) -> Compiled:
+def _compile(config: Config, joined: Parts, base: Base | None) -> Compiled:
     started = time.perf_counter()
     train_step = step.make_train_step(
         joined.network,
@@ -281,15 +306,36 @@ def _compile(config: Config, joined: Parts) -> Compiled:
         micro_batches=joined.micro_batches,
         mask_documents=config.data.mask_documents,
     )
-    state = jax.eval_shape(lambda: _initial(config, joined))
+    state = _initial_shapes(config, joined, base)
     rows = np.zeros(config.training.batch_size, np.int64)
     batch = batches.take(joined.texts.train, rows)
     executable = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
-    return Compiled(executable, time.perf_counter() - started, memory.executable_bytes(executable))
+    return Compiled(
+        executable,
+        time.perf_counter() - started,
+        memory.executable_bytes(executable),
+        memory.estimate(config, joined.network.vocab_size, joined.micro_batches, state),
+    )
 
 
-def _initial(config: Config, joined: Parts) -> TrainState:
-    return step.init(joined.network, joined.optimizer, config.seed)
+def _initial(config: Config, joined: Parts, base: Base | None) -> TrainState:
+    """The state before the first step. It takes the base's arrays over: one copy is enough."""
+    make = jax.jit(_make_state(config, joined), donate_argnums=0)
+    return make(base.params if base else None)
+
+
+def _initial_shapes(config: Config, joined: Parts, base: Base | None) -> TrainState:
+    return jax.eval_shape(_make_state(config, joined), base.params if base else None)
+
+
+def _restorable(config: Config, joined: Parts, base: Base | None) -> TrainState:
+    """What a checkpoint is read into: shapes, and the base that it does not hold."""
+    shapes = _initial_shapes(config, joined, base)
+    return shapes._replace(frozen=base.params) if base and shapes.frozen else shapes
+
+
+def _make_state(config: Config, joined: Parts) -> Callable[[Params | None], TrainState]:
+    return lambda base: step.init(joined.network, joined.optimizer, config.seed, base)
 
 
 def _say(text: str) -> None:

@@ -63,6 +63,7 @@ def summary(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str, Any
         },
         "last": _finite(rows[-1]) if rows else {},
         "parameters": started.get("parameters"),
+        "trained_parameters": started.get("trained_parameters", started.get("parameters")),
         "tokens_seen": _tokens_seen(run_dir, started, steps),
         "device": started.get("device"),
         "precision": started.get("precision"),
@@ -243,7 +244,7 @@ def details(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> l
     rows = metrics(events)
     facts = [
         ("steps", steps_done(result).removesuffix(" steps")),
-        ("parameters", _number(result["parameters"])),
+        ("parameters", _parameters(result)),
         ("tokens seen", _number(result["tokens_seen"])),
         ("tokens per second, median", _number(result["tokens_per_second"])),
         ("time training", duration(result["training_seconds"])),
@@ -333,6 +334,11 @@ def _shown(evaluations: Sequence[Row]) -> list[Row]:
     spread = _SHOWN_EVALUATIONS - 2
     chosen = {round(i * (count - 1) / spread) for i in range(spread + 1)} | {best}
     return [evaluations[i] for i in sorted(chosen)]
+
+
+def _parameters(result: Mapping[str, Any]) -> str:
+    total, trained = result["parameters"], result["trained_parameters"]
+    return _number(total) + ("" if trained == total else f", {_number(trained)} of them trained")
 
 
 def _number(value: Number | None) -> str:

@@ -1,27 +1,32 @@
-"""What a run folder is good for afterwards: its best parameters, evaluated or asked for text."""
+"""What a run folder is good for afterwards: its parameters, evaluated, asked for text, built on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 from mainrun import folder, parts
+from mainrun.base import Base, check_same_architecture, fingerprint
 from mainrun.config import Config
 from mainrun.data import tokenizers
-from mainrun.errors import UserError
+from mainrun.errors import UserError, one_line
+from mainrun.model import lora
 from mainrun.model.generate import generate
-from mainrun.model.gpt import Network, Params
+from mainrun.model.gpt import Gpt, Network, Params
 from mainrun.record import metrics, read_events
 from mainrun.training import backend, evaluate
 from mainrun.training.checkpoint import Checkpoints
 
+Which = Literal["best", "newest"]
+
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A network with the best parameters that its run has kept."""
+    """A network with parameters that its run has kept."""
 
     config: Config
     tokenizer: Tokenizer
@@ -29,14 +34,46 @@ class Trained:
     params: Params
     step: int
 
+    @property
+    def model(self) -> Gpt:
+        """Token ids in, logits out."""
+        return self.network.bind(self.params)
 
-def load(run_dir: Path, overrides: Sequence[str] = ()) -> Trained:
-    """The best checkpoint by `val/loss`, else the newest. Raises UserError where there is none."""
+    def merged(self) -> "Trained":
+        """The same without adapters: what they learned is part of the weights."""
+        adapters = self.config.model.lora
+        if adapters is None:
+            return self
+        plain = replace(self.config.model, lora=None)
+        config = replace(
+            self.config, model=plain, training=replace(self.config.training, init_from=None)
+        )
+        network = parts.build_network(config, self.tokenizer)
+        return Trained(
+            config, self.tokenizer, network, lora.merged(self.params, adapters), self.step
+        )
+
+
+def load(
+    run_dir: Path,
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: Which = "best",
+    step: int | None = None,
+) -> Trained:
+    """The best checkpoint by `val/loss`, or the newest, or that of a step.
+
+    Without any evaluation the newest is the best. Raises UserError where there is none.
+    """
     config = folder.stored_config(run_dir, overrides)
     backend.prepare()
     tokenizer = tokenizers.load(run_dir / "tokenizer.json")
     network = parts.build_network(config, tokenizer)
     like = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+    frozen: Params = {}
+    if config.model.lora is not None:
+        frozen = find_base(config, run_dir).params
+        like, _ = lora.split(like)
     checkpoints = run_dir / "checkpoints"
     if not checkpoints.is_dir():
         raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")
@@ -44,19 +81,102 @@ def load(run_dir: Path, overrides: Sequence[str] = ()) -> Trained:
         kept = saved.steps()
         if not kept:
             raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")
-        losses = {
-            int(row["step"]): row["val/loss"]
-            for row in metrics(read_events(run_dir / "events.jsonl"))
-            if "val/loss" in row and row["step"] in kept
-        }
-        step = min(losses, key=lambda s: losses[s]) if losses else kept[-1]
+        remedy = "remove it to use another"
+        if step is None:
+            step = _best(run_dir, kept) if checkpoint == "best" else kept[-1]
+        else:
+            remedy = f"nothing else will do, and there are {', '.join(map(str, kept))}"
+            if step not in kept:
+                raise UserError(f"{run_dir} no longer has its checkpoint of step {step}: {remedy}")
         try:
             params = saved.restore_params(step, like)
         except Exception as error:  # damage has many shapes
             raise UserError(
-                f"{run_dir}/checkpoints/{step} is damaged ({error}); remove it to use another"
+                f"{run_dir}/checkpoints/{step} is damaged ({one_line(error)}): {remedy}"
             ) from error
-    return Trained(config, tokenizer, network, params, step)
+    return Trained(config, tokenizer, network, frozen | params, step)
+
+
+def load_base(config: Config) -> Base | None:
+    """What `training.init_from` names, or None.
+
+    Raises UserError where that is no run, or its parameters do not fit this model.
+    """
+    if config.training.init_from is None:
+        return None
+    run_dir = Path(config.training.init_from)
+    if not _is_run(run_dir):
+        raise UserError(
+            f"training.init_from={run_dir} is no run folder: it has no config.yaml and "
+            "tokenizer.json; name the folder that `mainrun train` made"
+        )
+    check_same_architecture(config, folder.stored_config(run_dir))
+    base = _base(run_dir, None)
+    # Only to hear of adapters that fit nowhere before the corpus is read, which can take minutes.
+    parts.build_network(config, base.tokenizer)
+    return base
+
+
+def base_to_resume(config: Config, run_dir: Path) -> Base | None:
+    """What a run needs of its base to go on: all of it under adapters, else nothing.
+
+    Where an override names it, it is found all the same, so that a wrong name is told.
+    """
+    is_named_anew = config.training.init_from != folder.stored_config(run_dir).training.init_from
+    if config.model.lora is None and not is_named_anew:
+        return None
+    return find_base(config, run_dir)
+
+
+def find_base(config: Config, run_dir: Path) -> Base:
+    """The base of a run that has one: where it was, or beside the run; or where `config` says now.
+
+    Raises UserError where it is not there, or no longer what it was.
+    """
+    reference = folder.base_reference(run_dir)
+    if reference is None:
+        raise UserError(f"{run_dir} has no {folder.BASE}: training did not start from another run")
+    was = Path(reference["run_dir"])
+    stored = folder.stored_config(run_dir).training.init_from
+    places = [was, Path(stored or was), run_dir.resolve().parent / was.name]
+    if config.training.init_from != stored:
+        places = [Path(str(config.training.init_from))]
+    others = (place for place in places if place.resolve() != run_dir.resolve())
+    found = next(filter(_is_run, others), None)
+    remedy = "say where it is with training.init_from=RUN_DIR, or put it beside the run"
+    if found is None:
+        raise UserError(f"the run that {run_dir} started from is not at {places[0]}: {remedy}")
+    base = _base(found, reference["step"])
+    if base.fingerprint != reference["fingerprint"]:
+        raise UserError(
+            f"{found} is not what {run_dir} started from, its parameters differ: {remedy}"
+        )
+    return base
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "tokenizer.json").is_file()
+
+
+def _base(run_dir: Path, step: int | None) -> Base:
+    found, beneath = load(run_dir, step=step), ""
+    stored = found.params
+    if found.config.model.lora is not None:
+        reference = folder.base_reference(run_dir)
+        assert reference is not None  # `load` has followed it
+        stored, beneath = lora.split(found.params)[0], reference["fingerprint"]
+    return Base(
+        run_dir, found.step, found.merged().params, found.tokenizer, fingerprint(stored, beneath)
+    )
+
+
+def _best(run_dir: Path, kept: list[int]) -> int:
+    losses = {
+        int(row["step"]): row["val/loss"]
+        for row in metrics(read_events(run_dir / "events.jsonl"))
+        if "val/loss" in row and row["step"] in kept
+    }
+    return min(losses, key=lambda s: losses[s]) if losses else kept[-1]
 
 
 def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:
@@ -73,8 +193,8 @@ def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:
         mask_documents=config.data.mask_documents,
     )
     batch_size, context_length = config.training.batch_size, config.data.context_length
-    nll = evaluate.score(score_batch, trained.params, text.windows, batch_size)
-    return evaluate.metrics(nll, text, batch_size=batch_size, context_length=context_length)
+    scored = evaluate.score(score_batch, trained.params, text.windows, batch_size)
+    return evaluate.metrics(scored, text, batch_size=batch_size, context_length=context_length)
 
 
 def generate_texts(
@@ -90,8 +210,10 @@ def generate_texts(
 ) -> list[str]:
     """`num` continuations of the prompt, the prompt included, each up to the end of its document.
 
-    Raises UserError where the prompt leaves no room in the context.
+    Raises UserError where the prompt is no text or leaves no room in the context.
     """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("--prompt is not UTF-8 text")
     eos_id = tokenizers.special_id(trained.tokenizer, tokenizers.EOS)
     ids = [eos_id, *tokenizers.encode(trained.tokenizer, [prompt])[0]] if prompt else [eos_id]
     room = trained.network.context_length - len(ids)
@@ -105,6 +227,7 @@ def generate_texts(
         trained.network,
         trained.params,
         np.tile(np.array(ids, np.int32), (num, 1)),
+        np.full(num, len(ids), np.int32),
         jax.random.key(seed),
         max_tokens=min(max_tokens, room),
         eos_id=eos_id,

@@ -20,6 +20,7 @@ def state(step: int) -> TrainState:
         params={"a.kernel": jnp.asarray(draw.normal(size=(3, 4)), jnp.float32)},
         opt_state=({"mu": jnp.asarray(draw.normal(size=5), jnp.bfloat16)}, jnp.asarray(step)),
         key=jnp.array([step, 2**31 + step], jnp.uint32),
+        frozen={},
     )
 
 
@@ -162,3 +163,16 @@ def test_a_folder_that_cannot_take_it_is_told_in_one_line(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
         with pytest.raises(RunFailed, match="no space left for the checkpoint of step 1"):
             saved.save(1, state(1), Progress())
+
+
+def test_a_base_is_not_saved_and_comes_back_as_it_was_given(tmp_path: Path) -> None:
+    frozen = {"base.kernel": jnp.ones((256, 256))}
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, state(1)._replace(frozen=frozen), Progress())
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size < 256 * 256 * 4
+    with Checkpoints(tmp_path, read_only=True) as saved:
+        restored, _ = saved.restore_newest(ABSTRACT._replace(frozen=frozen))
+    assert restored is not None
+    assert restored.state.frozen is frozen
+    assert_same(restored.state._replace(frozen={}), state(1))

@@ -1,10 +1,15 @@
 """Files, parents and overrides become one config; what does not fit is said in one line."""
 
 import dataclasses
+import json
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from mainrun import complaints, config, yaml12
 from mainrun.errors import UserError
@@ -34,30 +39,64 @@ def test_base_yaml_names_every_setting_of_every_kind() -> None:
     words = set(text.replace("#", " ").replace("{", " ").replace(":", " : ").split())
     names = {path.rpartition(".")[2] for path in complaints.all_paths(config.Config)}
     assert names - words == set()
+    assert {kind for cls in variants() for kind in complaints.kinds_of(cls)} - words == set()
 
 
 def test_base_yaml_gives_other_kinds_their_true_defaults() -> None:
-    """The commented settings under a kind, read as YAML, are that kind's defaults."""
-    blocks: list[dict] = []
-    for line in (ROOT / "base.yaml").read_text().splitlines():
-        text = line.strip()
-        if text.startswith("# kind:"):
-            blocks.append({})
-        if text.startswith("# ") and blocks and text[2:].partition(":")[0].isidentifier():
-            blocks[-1] |= yaml.load(text[2:], Loader=yaml12._Loader)
-    kinds = {c.kind: c for c in (config.Char, config.Sgd, config.Linear, config.Constant)}
-    assert {block["kind"] for block in blocks} == set(kinds)
-    for block in blocks:
-        stated = config.as_dict(_with_kind(kinds[block["kind"]]()))
-        section = next(
-            s for s in stated.values() if isinstance(s, dict) and s.get("kind") == block["kind"]
-        )
-        assert section == block
+    """A commented mapping, read as YAML, states what its kind declares, and all it states is true.
+
+    A class of several kinds (the dense MLPs) is stated once.
+    """
+    text = (ROOT / "base.yaml").read_text()
+    stated = list(mappings(yaml.load(text, Loader=yaml12._Loader)))
+    for block in commented(text):
+        stated += mappings(yaml.load(block, Loader=yaml12._Loader))
+    for cls in variants():
+        of_kind = [s for s in stated if s.get("kind") in (complaints.kinds_of(cls) or (None,))]
+        names = {field.name for field in dataclasses.fields(cls)}
+        found = [s for s in of_kind if set(cls.__annotations__) <= set(s) <= names]
+        assert len(found) == 1, f"{cls.__name__} is stated {len(found)} times"
+        assert TypeAdapter(cls).validate_json(json.dumps(found[0])) == cls()
 
 
-def _with_kind(settings: object) -> config.Config:
-    name = {config.Char: "tokenizer", config.Sgd: "optimizer"}.get(type(settings), "schedule")
-    return dataclasses.replace(config.Config(), **{name: settings})
+def variants() -> list[type]:
+    """Every class of settings that stands in a union or may be left out."""
+    found: list[type] = []
+
+    def visit(annotation: object) -> None:
+        classes = complaints.dataclasses_in(annotation)
+        for cls in classes:
+            if cls not in found:
+                if complaints.kinds_of(cls) or cls is config.Lora:
+                    found.append(cls)
+                for hint in typing.get_type_hints(cls, include_extras=True).values():
+                    visit(hint)
+
+    visit(config.Config)
+    return found
+
+
+def commented(text: str) -> Iterator[str]:
+    """The mappings in comments, from a `kind` or a name to the next at the same depth."""
+    blocks: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        begins = re.match(r"( *)# (?:kind: \w+|lora:)", line)
+        if begins:
+            blocks.append((f"{begins[1]}# ", []))
+        if blocks and line.startswith(blocks[-1][0]):
+            blocks[-1][1].append(line.removeprefix(blocks[-1][0]))
+        elif blocks and blocks[-1][1]:
+            blocks.append((chr(0), []))  # ended: what follows is no part of it
+    for _, lines in blocks:
+        yield "\n".join(lines)
+        yield from commented("\n".join(lines)) if lines else ()
+
+
+def mappings(value: object) -> Iterator[dict]:
+    if isinstance(value, dict):
+        yield value
+        for item in value.values():
+            yield from mappings(item)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +173,56 @@ def test_changing_a_kind_leaves_nothing_of_the_old_one() -> None:
     assert loaded.optimizer == config.Sgd(learning_rate=6e-3)
 
 
+def test_a_kind_may_stand_behind_its_settings() -> None:
+    """W&B passes a trial's parameters in the order of the sweep's file."""
+    loaded = config.load(None, ["optimizer.momentum=0.9", "optimizer.kind=sgd"])
+    assert loaded.optimizer == config.Sgd(momentum=0.9)
+
+
+def test_a_file_that_changes_a_kind_leaves_nothing_of_its_parents(tmp_path: Path) -> None:
+    """Although the parent does not say that its optimizer is the default one."""
+    write(tmp_path / "parent.yaml", "optimizer: {learning_rate: 0.5}\n")
+    child = write(tmp_path / "child.yaml", "extends: parent.yaml\noptimizer: {kind: sgd}\n")
+    assert config.load(child).optimizer == config.Sgd()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "expected"),
+    [
+        (
+            ["model.attention.kind=sparse", "model.attention.pattern.num_verts=4"],
+            "model.attention",
+            config.SparseAttention(pattern=config.FixedKeys(num_verts=4)),
+        ),
+        (
+            ["model.kind=unet_gpt", "model.mlp.hidden=8", "model.attention.num_heads=4"],
+            "model",
+            config.UnetGpt(
+                mlp=config.DenseMlp(hidden=8), attention=config.CausalAttention(num_heads=4)
+            ),
+        ),
+        (
+            ["model.attention={kind: sparse, pattern: {kind: strided, stride: 8}}"],
+            "model.attention.pattern",
+            config.StridedKeys(stride=8),
+        ),
+    ],
+)
+def test_a_mapping_inside_a_new_kind_has_the_default_kind(
+    overrides: list[str], path: str, expected: object
+) -> None:
+    found: object = config.load(None, overrides)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == expected
+
+
+def test_what_an_architecture_adds_is_printed_beside_its_width() -> None:
+    for kind, own in (("gpt", ["num_layers"]), ("unet_gpt", ["bottleneck_sizes"])):
+        model = config.as_dict(config.load(None, [f"model.kind={kind}"]))["model"]
+        assert list(model)[: 2 + len(own)] == ["kind", "d_model", *own]
+
+
 def test_a_new_unit_replaces_the_old_duration() -> None:
     assert config.load(None, ["schedule.warmup.steps=3"]).schedule.warmup.steps == 3
 
@@ -179,10 +268,134 @@ def test_durations_are_steps_whatever_their_unit() -> None:
         ("=1", "write key.path=value"),
         ("seed={", "not a YAML value"),
         ("tracking.name=[1]", "tracking.name=[1]: text is expected"),
+        ("optimizer=sgd", "optimizer='sgd': a mapping of settings is expected, whose `kind` is"),
+        ("optimizer.kind=null", "optimizer.kind=None: accepted are 'sgd', 'adamw'"),
+        ("model.mlp.kind=silu", "accepted are 'gelu', 'relu', 'relu2', 'swiglu', 'moe'"),
+        ("optimizer.momentum=0.9", "unknown setting `optimizer.momentum`: it belongs to "
+         "optimizer.kind=sgd (command line)"),
+        ("model.attention.pattern.stride=3", "unknown setting `model.attention.pattern`: it "
+         "belongs to model.attention.kind=sparse (command line)"),
+        ("model.mlp.top_k=3", "`model.mlp.top_k`: it belongs to model.mlp.kind=moe"),
+        ("model.bottleneck_sizes=[8]", "it belongs to model.kind=unet_gpt"),
+        ("model.attention.kv_heads=2", "did you mean `model.attention.num_kv_heads`?"),
+        ("model.lora.rank=4", "model.lora trains adapters beside a trained model: name its run "
+         "folder in training.init_from (command line)"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_named_with_the_remedy(override: str, said: str) -> None:
     assert said in complaint(override)
+
+
+HEADS = "is not divisible by model.attention.num_heads="
+SPARSE = "model.attention.kind=sparse"
+ROTARY = "model.position=rotary"
+UNET = "model.kind=unet_gpt"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.d_model=12"], f"model.d_model=12 {HEADS}8 (command line)"),
+        (
+            ["model.attention.num_kv_heads=3"],
+            "model.attention.num_heads=8 is not divisible by model.attention.num_kv_heads=3",
+        ),
+        (
+            ["model.attention.intermediate_dim=20"],
+            f"model.attention.intermediate_dim=20 {HEADS}8",
+        ),
+        ([ROTARY, "model.d_model=72"], "makes 8 heads of 9 dimensions"),
+        ([UNET, "model.bottleneck_sizes=[64, 20]"], f"model.bottleneck_sizes=20 {HEADS}8"),
+        ([UNET, "model.bottleneck_sizes=[]"], "model.bottleneck_sizes=[]"),
+        ([UNET, "model.bottleneck_sizes=[8, 0]"], "must be at least 1"),
+        (
+            [UNET, "model.attention.value_residual=true"],
+            "model.attention.value_residual=true needs heads of one size in every block",
+        ),
+        (["model.attention.kind=latent"], "model.position=learned does not go with "
+         "model.attention.kind=latent"),
+        (
+            ["model.attention.kind=latent", ROTARY, "model.d_model=12"],
+            f"model.d_model=12 {HEADS}8",
+        ),
+        (
+            ["model.attention={kind: latent, rotary_dim: 7}", ROTARY],
+            "model.attention.rotary_dim=7",
+        ),
+        (
+            ["model.mlp={kind: moe, top_k: 5}"],
+            "model.mlp.top_k=5 is more than model.mlp.num_experts=4",
+        ),
+        (["model.mlp={kind: moe, num_experts: 1}"], "must be at least 2"),
+        (
+            [SPARSE, "model.attention.block_size=5"],
+            "model.attention.pattern.stride=32 is not divisible by model.attention.block_size=5",
+        ),
+        (
+            [SPARSE, "model.attention.pattern={kind: local, window_including_self: 20}",
+             "model.attention.block_size=8"],
+            "model.attention.pattern.window_including_self=20 is not divisible by",
+        ),
+        (
+            [SPARSE, "model.attention.pattern={kind: strided, stride: 20}",
+             "model.attention.block_size=8"],
+            "model.attention.pattern.stride=20 is not divisible by",
+        ),
+        (
+            [SPARSE, "model.attention.pattern.vertsize=5"],
+            "model.attention.pattern.vertsize=5 does not divide the 32 blocks",
+        ),
+        (
+            [SPARSE, "model.attention.pattern={num_verts: 8, vertsize: 8}"],
+            "model.attention.pattern.num_verts=8 times vertsize=8 is more than the 32 blocks",
+        ),
+        (
+            [SPARSE, "model.attention.pattern.num_verts=3"],
+            "model.attention.num_heads=8 is not divisible by model.attention.pattern.num_verts=3",
+        ),
+        (
+            [SPARSE, "model.attention.pattern={kind: all}", "model.attention.block_size=48"],
+            "data.context_length=128 is not divisible by model.attention.block_size=48",
+        ),
+        (
+            [SPARSE, "data.context_length=16"],
+            "model.attention.pattern.stride=32 is more than data.context_length=16",
+        ),
+        (
+            [SPARSE, "model.attention.pattern={kind: local, window_including_self: 200}"],
+            "model.attention.pattern.window_including_self=200 is more than data.context_length",
+        ),
+        (
+            ["model.attention.window_including_self=129"],
+            "model.attention.window_including_self=129 is more than data.context_length=128",
+        ),
+        (
+            ["model.attention={kind: sparsek, num_selected: 129}"],
+            "model.attention.num_selected=129 is more than data.context_length=128",
+        ),
+        (
+            ["model.attention={kind: sparsek, window_including_self: 129}"],
+            "model.attention.window_including_self=129 is more than data.context_length=128",
+        ),
+        (["model.lora={targets: []}", "training.init_from=runs/x"], "model.lora.targets=[]"),
+        (["model.lora={rank: 0}", "training.init_from=runs/x"], "model.lora.rank=0"),
+        (["model.pad_vocab_to_multiple_of=0"], "must be at least 1"),
+        (["model.logit_softcap=0"], "must be greater than 0"),
+    ],
+)  # fmt: skip
+def test_a_combination_that_no_network_can_have_is_refused(overrides: list[str], said: str) -> None:
+    told = complaint(*overrides)
+    assert told.startswith(said) or said in told
+    assert told.endswith("(command line)")
+
+
+def test_a_combination_written_in_two_places_names_both(tmp_path: Path) -> None:
+    write(tmp_path / "parent.yaml", "model:\n  d_model: 100\n")
+    child = write(
+        tmp_path / "child.yaml", "extends: parent.yaml\nmodel: {attention: {num_heads: 3}}\n"
+    )
+    said = complaint(path=child)
+    assert said.endswith(f"({tmp_path}/parent.yaml:2, {tmp_path}/child.yaml:2)")
 
 
 def test_a_complaint_names_file_and_line(tmp_path: Path) -> None:

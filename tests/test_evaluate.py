@@ -41,7 +41,12 @@ def scored(
     score_batch = evaluate.make_score_batch(
         network, micro_batches=micro_batches, mask_documents=mask
     )
-    return evaluate.score(score_batch, params, text(packing).windows, batch_size)
+    return evaluate.score(score_batch, params, text(packing).windows, batch_size).nll
+
+
+def figures(nll: np.ndarray, packing: str = "stream", context_length: int = 10) -> dict[str, float]:
+    found = evaluate.Scored(nll, balance=0.0)
+    return evaluate.metrics(found, text(packing), batch_size=1, context_length=context_length)
 
 
 def brute_force(model: tuple) -> list[float]:
@@ -67,8 +72,7 @@ def test_batch_size_does_not_move_a_metric(
     model: tuple, batch_size: int, micro_batches: int, packing: str
 ) -> None:
     def found(**sizes: int) -> float:
-        nll = scored(model, packing, **sizes)
-        return evaluate.metrics(nll, text(packing), batch_size=1, context_length=1)["val/loss"]
+        return figures(scored(model, packing, **sizes), packing, context_length=1)["val/loss"]
 
     one, other = found(batch_size=2), found(batch_size=batch_size, micro_batches=micro_batches)
     assert other == pytest.approx(one, abs=1e-6)
@@ -86,7 +90,7 @@ def test_masked_documents_score_alike_however_they_are_packed(model: tuple) -> N
 
 def test_metrics_are_sums_divided_once() -> None:
     nll = np.random.default_rng(0).random(sum(len(ids) + 1 for ids in IDS))
-    found = evaluate.metrics(nll, text(), batch_size=1, context_length=10)
+    found = figures(nll)
     characters = sum(len(d) + 5 for d in DOCUMENTS)
     utf8 = sum(len(d.encode()) + 1 for d in DOCUMENTS)
     assert found["val/loss"] == pytest.approx(nll.sum() / characters)
@@ -99,7 +103,7 @@ def test_metrics_are_sums_divided_once() -> None:
 def test_the_original_assessments_figure_skips_its_tail() -> None:
     """46 tokens, strides of 1 × 10 + 1: four whole strides, of which ten tokens each count."""
     nll = np.arange(46.0)
-    found = evaluate.metrics(nll, text(), batch_size=1, context_length=10)
+    found = figures(nll)
     counted = [i for stride in range(4) for i in range(stride * 11 + 1, stride * 11 + 11)]
     assert found["val/coverage_mainrun"] == pytest.approx(40 / 46)
     characters = sum(len(d) + 5 for d in DOCUMENTS)

@@ -13,7 +13,10 @@ EOS = 1
 
 def drawn(network_params: tuple, prompt: jax.Array, seed: int = 0, **options: object) -> np.ndarray:
     options = {"max_tokens": CONTEXT - prompt.shape[1], "eos_id": EOS, **options}
-    return np.asarray(generate.generate(*network_params, prompt, jax.random.key(seed), **options))
+    lengths = np.full(*prompt.shape, np.int32)
+    key = jax.random.key(seed)
+    prompts = np.asarray(prompt)
+    return np.asarray(generate.generate(*network_params, prompts, lengths, key, **options))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,27 @@ def logits_of(shares: list[float]) -> jax.Array:
 
 def left(logits: jax.Array, **options: float) -> list[int]:
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    return np.flatnonzero(np.isfinite(generate._likeliest(logits, **options)[0])).tolist()
+    return np.flatnonzero(np.isfinite(generate.likeliest(logits, **options)[0])).tolist()
+
+
+def test_prompts_of_different_lengths_read_as_each_alone(model: tuple) -> None:
+    prompts = np.array([[3, 4, 5, 6, 7], [8, 9, 0, 0, 0], [2, 3, 4, 0, 0]])
+    lengths = np.array([5, 2, 3], np.int32)
+    options = {"max_tokens": 4, "eos_id": EOS, "temperature": 0.0}
+    key = jax.random.key(0)
+    together = np.asarray(generate.generate(*model, prompts, lengths, key, **options))
+    for row, length in enumerate(lengths):
+        alone = drawn(model, prompts[row : row + 1, :length], **options)
+        np.testing.assert_array_equal(together[row], alone[0])
+        assert (together[row, :length] == prompts[row, :length]).all()
+        assert (together[row, length + 4 :] == EOS).all()
+
+
+def test_lengths_numbers_and_temperatures_share_one_compilation(model: tuple) -> None:
+    before = generate._generate._cache_size()
+    for length, tokens, top_k in ((4, 3, 0), (5, 2, 7), (7, 1, 3)):
+        drawn(model, jnp.full((3, length), 4), max_tokens=tokens, top_k=top_k, temperature=0.5)
+    assert generate._generate._cache_size() == before + 1
 
 
 def test_top_k_leaves_k_and_top_p_the_fewest_that_make_up_p() -> None:

@@ -1,6 +1,7 @@
 """Layers against NumPy written from their definitions, and dropout against statistics."""
 
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mainrun import config
 from mainrun.model import layers
+from mainrun.model.initializers import Initializer
 
+INIT = Initializer("normal", d_model=4)
 KEYS = jax.random.key_data(jax.random.split(jax.random.key(0), 64))
 
 
@@ -51,25 +55,55 @@ def test_gradients_of_weights_are_float32_under_bfloat16(function: str) -> None:
 
 def test_layer_norm_is_its_definition() -> None:
     x = np.asarray(normal(0, 2, 3, 8)) * 3 + 1
-    norm = layers.LayerNorm(8)
+    norm = layers.LayerNorm(8, eps=1e-5, bias=True)
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_mlp_uses_the_exact_gelu() -> None:
-    from mainrun.config import GeluMlp
+def test_rms_norm_is_its_definition() -> None:
+    x = np.asarray(normal(0, 2, 3, 8)) * 3 + 1
+    expected = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-2)
+    ours = layers.RmsNorm(8, eps=1e-2)(jnp.asarray(x))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
-    mlp = layers.Mlp(GeluMlp(hidden=6), 4, rngs=nnx.Rngs(0))
-    x = np.asarray(normal(0, 1, 3, 4)) * 50  # the exact and the tanh form differ here
-    up = x @ mlp.up.kernel[...] + mlp.up.bias[...]
-    gelu = np.array(
-        [
-            [[u * 0.5 * (1 + math.erf(u / math.sqrt(2))) for u in r] for r in b]
-            for b in np.asarray(up, np.float64)
-        ]
+
+def test_norms_compute_in_float32_under_bfloat16() -> None:
+    x = jnp.asarray(normal(0, 2, 3, 8) + 300, jnp.bfloat16)  # bfloat16 statistics would be noise
+    for norm in (layers.LayerNorm(8, eps=1e-5, bias=False), layers.RmsNorm(8, eps=1e-5)):
+        ours, wide = norm(x), norm(x.astype(jnp.float32))
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), wide, rtol=1e-2, atol=1e-2)
+
+
+def normal_cdf(x: float) -> float:
+    return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * np.vectorize(normal_cdf)(x),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "swiglu": lambda x: x[..., :6] / (1 + np.exp(-x[..., :6])) * x[..., 6:],
+}
+
+
+@pytest.mark.parametrize("kind", typing.get_args(config.Activation))
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_mlp_is_its_definition(kind: str, bias: bool) -> None:
+    mlp = layers.Mlp(
+        config.DenseMlp(kind, hidden=6), 4, init=INIT, out_init=INIT, bias=bias, rngs=nnx.Rngs(0)
     )
-    expected = gelu @ mlp.down.kernel[...] + mlp.down.bias[...]
+    if bias:
+        mlp.up.bias[...] = mlp.up.bias[...] + 0.3
+    x = np.asarray(normal(0, 1, 3, 4)) * 50  # the exact and the tanh form of GELU differ here
+    up = np.asarray(x @ mlp.up.kernel[...] + (mlp.up.bias[...] if bias else 0), np.float64)
+    expected = ACTIVATIONS[kind](up) @ mlp.down.kernel[...]
     np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=2e-5, atol=1e-5)
+
+
+def test_the_hidden_width_is_four_times_the_width_where_none_is_set() -> None:
+    mlp = layers.Mlp(config.DenseMlp(), 4, init=INIT, out_init=INIT, bias=True, rngs=nnx.Rngs(0))
+    assert mlp.up.kernel[...].shape == (4, 16)
 
 
 def test_dropout_drops_the_fraction_and_keeps_the_mean() -> None:

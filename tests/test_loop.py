@@ -14,12 +14,12 @@ PLAN = Plan(total_steps=10, eval_every=4, checkpoint_every=3, log_every=1, token
 
 
 def state(step: int) -> TrainState:
-    return TrainState(jnp.asarray(step), {}, (), jnp.zeros(2, jnp.uint32))
+    return TrainState(jnp.asarray(step), {}, (), jnp.zeros(2, jnp.uint32), {})
 
 
 def train_step(state: TrainState, batch: float) -> tuple[TrainState, Metrics]:
     """Its loss is the batch, so that a test decides it."""
-    metrics = Metrics(jnp.asarray(batch), jnp.asarray(1.0), jnp.asarray(0.1))
+    metrics = Metrics(jnp.asarray(batch), jnp.asarray(1.0), jnp.asarray(0.1), jnp.asarray(0.0))
     return state._replace(step=state.step + 1), metrics
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mainrun import config
+from mainrun import config, yaml12
 from mainrun.errors import UserError
 from mainrun.record import read_events
 from mainrun.sweep import search_space, sweep_file
@@ -254,7 +254,7 @@ def test_an_override_of_what_is_searched_is_refused(tmp_path: Path, override: st
 )  # fmt: skip
 def test_a_value_survives_the_command_line(value: object):
     (word,) = as_overrides({"x": value})
-    read = config.yaml12.parse(word.partition("=")[2])
+    read = yaml12.parse(word.partition("=")[2])
     assert read == value
     assert type(read) is type(value)
 

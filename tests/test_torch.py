@@ -207,6 +207,7 @@ def _ours(
         params=params,
         opt_state=opt.init(params),
         key=jnp.zeros(2, jnp.uint32),  # no dropout: nothing is drawn
+        frozen={},
     )
     metrics = []
     for index in range(len(batches["inputs"])):

@@ -1,4 +1,10 @@
-"""Attention: the scaled dot product every kind shares, and the kinds with their projections."""
+"""Attention: the scaled dot product that every kind shares, and the kinds that only mask it.
+
+Causal, windowed, sparse and SparseK attention have the same projections of queries, keys and values
+and differ in which keys a query reads, and how. Latent attention projects otherwise: see `latent`.
+"""
+
+from typing import NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -6,47 +12,217 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from mainrun import config
-from mainrun.model.layers import DropoutKeys, Linear, dropout
+from mainrun.model import cache as caches
+from mainrun.model import masks, sparse, sparsek
+from mainrun.model.cache import Cache, Span
+from mainrun.model.initializers import Initializer
+from mainrun.model.layers import DropoutKeys, Linear, RmsNorm, dropout
+from mainrun.model.positions import rotate
+
+_OPEN = 3.0  # bias of the output gate: it begins at sigmoid(3) = 0.95, nearly open
+
+
+class Attended(NamedTuple):
+    """What a layer of attention gives: its output, its values, and what it now remembers."""
+
+    output: Float[Array, "batch time width"]
+    values: Float[Array, "batch kv_heads time dim"] | None
+    cache: Cache | None
 
 
 def attend(
-    q: Float[Array, "batch heads time dim"],
-    k: Float[Array, "batch heads time dim"],
-    v: Float[Array, "batch heads time dim"],
-    mask: Bool[Array, "#batch #heads time time"],
+    q: Float[Array, "batch heads queries dim"],
+    k: Float[Array, "batch kv_heads keys dim"],
+    v: Float[Array, "batch kv_heads keys value_dim"],
+    mask: Bool[Array, "#batch #heads queries keys"],
     dropout_keys: DropoutKeys | None = None,
     dropout_rate: float = 0.0,
-) -> Float[Array, "batch heads time dim"]:
-    """Softmax attention over the keys each query may see.
+    scale: float | None = None,
+) -> Float[Array, "batch heads queries value_dim"]:
+    """Softmax attention over the keys each query may see; grouped when kv_heads < heads.
 
     `mask` is True where looking is allowed; every query must see at least itself. Scores and
-    softmax are float32 whatever the inputs. Vaswani et al. 2017 (arXiv:1706.03762), eq. 1.
+    softmax are float32 whatever the inputs. Without `scale`, 1/√dim. Vaswani et al. 2017
+    (arXiv:1706.03762), eq. 1; grouping from Ainslie et al. 2023 (arXiv:2305.13245).
     """
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    batch, heads, queries, dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = (batch, kv_heads, heads // kv_heads * queries)
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk", q.reshape(*grouped, dim), k, preferred_element_type=jnp.float32
+    ).reshape(batch, heads, queries, -1)
+    scores = jnp.where(mask, scores * (dim**-0.5 if scale is None else scale), -jnp.inf)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_keys, 0, dropout_rate)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v)
+    weights = weights.astype(v.dtype).reshape(*grouped, -1)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, v).reshape(batch, heads, queries, -1)
 
 
-class CausalAttention(nnx.Module):
-    """Multi-head attention with fused query, key and value projections (columns q | k | v)."""
+class MultiHeadAttention(nnx.Module):
+    """Attention with fused query, key and value projections (columns q | k | v)."""
 
     def __init__(
-        self, settings: config.CausalAttention, width: int, dropout: float, *, rngs: nnx.Rngs
+        self,
+        network: config.Network,
+        settings: config.MultiHead,
+        inputs: int,
+        outputs: int,
+        *,
+        is_first: bool,
+        out_init: Initializer,
+        rngs: nnx.Rngs,
     ) -> None:
+        self.settings = settings
         self.num_heads = settings.num_heads
-        self.dropout = dropout
-        self.qkv = Linear(width, 3 * width, rngs=rngs)
-        self.out = Linear(width, width, rngs=rngs)
+        self.num_kv_heads = settings.num_kv_heads or settings.num_heads
+        inner = settings.intermediate_dim or inputs
+        self.head_dim = inner // self.num_heads
+        self.dropout = network.dropout
+        self.rotary_base = network.rotary_base if network.position == "rotary" else None
+        init, bias = Initializer.of(network), network.bias
+        wide = inner + 2 * self.num_kv_heads * self.head_dim
+        self.qkv = Linear(inputs, wide, init=init, bias=bias, rngs=rngs)
+        self.out = Linear(inner, outputs, init=out_init, bias=bias, rngs=rngs)
+        eps, normed = network.norm_eps, settings.qk_norm
+        self.q_norm = RmsNorm(self.head_dim, eps=eps) if normed else None
+        self.k_norm = RmsNorm(self.head_dim, eps=eps) if normed else None
+        self.gate = output_gate(inputs, inner, init, rngs) if settings.output_gate else None
+        mixes = settings.value_residual and not is_first
+        self.first_share = nnx.Param(jnp.full((1,), 0.5)) if mixes else None
+        is_scored = isinstance(settings, config.SparseKAttention)
+        self.importance = (
+            Linear(inputs, self.num_kv_heads, init=init, bias=False, rngs=rngs)
+            if is_scored
+            else None
+        )
 
     def __call__(
         self,
-        x: Float[Array, "batch time width"],
-        mask: Bool[Array, "#batch 1 time time"],
-        dropout_keys: DropoutKeys | None = None,
-    ) -> Float[Array, "batch time width"]:
-        batch, time, width = x.shape
-        split = self.qkv(x).reshape(batch, time, 3, self.num_heads, width // self.num_heads)
-        q, k, v = (split[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
-        mixed = attend(q, k, v, mask, dropout_keys, self.dropout)
-        return self.out(mixed.transpose(0, 2, 1, 3).reshape(batch, time, width))
+        x: Float[Array, "batch time inputs"],
+        span: Span,
+        keys: DropoutKeys | None = None,
+        first_values: Float[Array, "batch kv_heads time dim"] | None = None,
+        cache: Cache | None = None,
+    ) -> Attended:
+        """With a cache, several tokens are the beginning of a text, and one token goes on with it.
+
+        `first_values` are those of the first layer, for the value residual.
+        """
+        q, k, v = self._projected(x, span, keys)
+        if self.first_share is not None:  # Zhou et al. 2024 (arXiv:2410.17897), eq. 7, learned
+            assert first_values is not None
+            share = self.first_share[...].astype(v.dtype)
+            v = (1 - share) * v + share * first_values
+        scores = None if self.importance is None else self._scores(x, span, keys)
+        if cache is not None:
+            new = {"k": k, "v": v} | ({} if scores is None else {"scores": scores[..., None]})
+            cache = caches.written(cache, span.positions, **new)
+        if cache is not None and x.shape[1] == 1:
+            mixed = self._next(q, span, cache)
+        else:
+            mixed = self._whole(q, k, v, scores, span, keys)
+        mixed = mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        if self.gate is not None:
+            mixed = mixed * jax.nn.sigmoid(self.gate(x, keys))
+        return Attended(self.out(mixed, keys), v, cache)
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        """For texts of at most `length` tokens."""
+        slots = jnp.zeros((batch, self.num_kv_heads, 0, self.head_dim), dtype)
+        scored = {} if self.importance is None else {"scores": slots[..., :1].astype(jnp.float32)}
+        return caches.empty(min(length, _reach(self.settings, length)), k=slots, v=slots, **scored)
+
+    def _projected(
+        self, x: Array, span: Span, keys: DropoutKeys | None
+    ) -> tuple[Array, Array, Array]:
+        batch, time, _ = x.shape
+        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
+        columns = self.qkv(x, keys)
+        if heads == kv_heads:
+            split = columns.reshape(batch, time, 3, heads, dim)
+            q, k, v = (split[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
+        else:
+            parts = jnp.split(columns, [heads * dim, (heads + kv_heads) * dim], axis=-1)
+            q, k, v = (part.reshape(batch, time, -1, dim).transpose(0, 2, 1, 3) for part in parts)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Henry et al. 2020 (arXiv:2010.04245), with the RMSNorm of Qwen3 and OLMo 2.
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary_base is not None:
+            q, k = (rotate(y, span.positions, self.rotary_base) for y in (q, k))
+        return q, k, v
+
+    def _scores(
+        self, x: Array, span: Span, keys: DropoutKeys | None
+    ) -> Float[Array, "batch kv_heads time"]:
+        """How much each key is worth remembering, float32."""
+        assert self.importance is not None
+        assert isinstance(self.settings, config.SparseKAttention)
+        scores = self.importance(x.astype(jnp.float32), keys).transpose(0, 2, 1)
+        return scores + self.settings.position_slope * span.positions
+
+    def _whole(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        scores: Array | None,
+        span: Span,
+        keys: DropoutKeys | None,
+    ) -> Array:
+        """Every position of the text at once."""
+        time, rate, segments = q.shape[2], self.dropout, span.segment_ids
+        match self.settings:
+            case config.SparseKAttention(num_selected=selected, window_including_self=window):
+                assert scores is not None
+                return sparsek.attend(
+                    q, k, v, scores, num_selected=selected, window_including_self=window,
+                    segment_ids=segments, dropout_keys=keys, dropout_rate=rate,
+                )  # fmt: skip
+            case config.CausalAttention() | config.SparseAttention():
+                if sparse.saves(self.settings, time):
+                    return sparse.attend(q, k, v, self.settings, segments, keys, rate)
+                mask = masks.of_attention(self.settings)
+                if segments is not None:
+                    mask = mask & masks.same_document(segments)
+                places = jnp.arange(time)
+                grid = masks.grid(mask, places, places, self.num_heads)
+                return attend(q, k, v, grid, keys, rate)
+            case _:
+                assert_never(self.settings)
+
+    def _next(self, q: Array, span: Span, cache: Cache) -> Array:
+        """The one newest position, from what is remembered."""
+        match self.settings:
+            case config.SparseKAttention(num_selected=selected, window_including_self=window):
+                return sparsek.decode(
+                    q, cache["k"], cache["v"], cache["scores"][..., 0],
+                    query_position=span.positions[0], positions=cache["positions"],
+                    num_selected=selected, window_including_self=window,
+                )  # fmt: skip
+            case config.CausalAttention() | config.SparseAttention():
+                mask = masks.of_attention(self.settings)
+                grid = masks.grid(mask, span.positions, cache["positions"], self.num_heads)
+                return attend(q, cache["k"], cache["v"], grid & caches.filled(cache))
+            case _:
+                assert_never(self.settings)
+
+
+def output_gate(inputs: int, inner: int, init: Initializer, rngs: nnx.Rngs) -> Linear:
+    """Logits of a gate on what the heads found, nearly open at first.
+
+    Qiu et al. 2025 (arXiv:2505.06708), after the scaled dot product, element by element; the
+    `no_sink` of DantinoX.
+    """
+    gate = Linear(inputs, inner, init=init, rngs=rngs)
+    gate.bias = nnx.Param(jnp.full(inner, _OPEN))
+    return gate
+
+
+def _reach(settings: config.MultiHead, length: int) -> int:
+    """How many newest positions a query may need."""
+    match settings:
+        case config.CausalAttention(window_including_self=int(window)):
+            return window
+        case config.SparseAttention(pattern=config.LocalKeys(window_including_self=window)):
+            return window
+        case _:
+            return length

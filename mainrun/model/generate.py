@@ -1,78 +1,114 @@
-"""Text from a model: sampling token by token, compiled once for a shape.
+"""Text from a model: sampling token by token with a cache, compiled once for a number of rows.
 
-The whole prefix is computed again for every token; what the network sees and what it gives are
-those of training. Batched; a row that has ended stays ended.
+The prompts' common beginning is read at once, then every token costs one token: those of a longer
+prompt are given, the others drawn. A row that has ended stays ended.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mainrun.model.gpt import Network, Params
 
 
-@partial(jax.jit, static_argnames=("network", "max_tokens", "top_k", "eos_id"))
 def generate(
     network: Network,
     params: Params,
-    prompt: Int[Array, "batch prompt"],
+    prompts: Int[np.ndarray, "batch longest"],
+    lengths: Int[np.ndarray, " batch"],
     key: Array,
     *,
     max_tokens: int,
     eos_id: int,
-    temperature: float | Float[Array, ""] = 1.0,
+    temperature: float = 1.0,
     top_k: int = 0,
-    top_p: float | Float[Array, ""] = 1.0,
-) -> Int[Array, "batch total"]:
-    """The prompt and up to `max_tokens` more; after the end of a document only `eos_id`.
+    top_p: float = 1.0,
+) -> Int[Array, "batch context"]:
+    """Each prompt (its first `lengths[i]` tokens, at least one) and up to `max_tokens` more.
 
-    Temperature 0 takes the likeliest token. `top_k` (0: all) and `top_p` (Holtzman et al. 2020,
-    arXiv:1904.09751) leave the likeliest tokens only. Row i's draws depend on key and i alone.
+    After the end of a document, and after the tokens asked for, only `eos_id`; a text fills at most
+    the context. Temperature 0 takes the likeliest token. `top_k` (0: all) and `top_p` (Holtzman et
+    al. 2020, arXiv:1904.09751) leave the likeliest tokens only. Row i's draws depend on key and i
+    alone.
     """
+    batch, longest = prompts.shape
+    context = network.context_length
+    assert longest <= context
+    tokens = jnp.full((batch, context), eos_id, jnp.int32).at[:, :longest].set(prompts)
+    # A power of two, so that prompts of all lengths share a few compilations.
+    start = 1 << (int(lengths.min()).bit_length() - 1)
+    end = min(int(lengths.max()) + max_tokens, context)
+    return _generate(
+        network, params, tokens, lengths, key, end, max_tokens, temperature, top_k, top_p,
+        start=start, eos_id=eos_id,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("network", "start", "eos_id"))
+def _generate(
+    network: Network,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    key: Array,
+    end: Array,
+    max_tokens: Array,
+    temperature: Array,
+    top_k: Array,
+    top_p: Array,
+    *,
+    start: int,
+    eos_id: int,
+) -> Array:
     model = network.bind(params)
-    batch, prompt_length = prompt.shape
-    total = prompt_length + max_tokens
-    assert total <= network.context_length
-    tokens = jnp.full((batch, total), eos_id, jnp.int32).at[:, :prompt_length].set(prompt)
+    batch, context = tokens.shape
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    State = tuple[Array, Array, Array, Array, tuple]
 
-    def go_on(carry: tuple[Array, Array, Array]) -> Array:
-        place, _, ended = carry
-        return (place < total) & ~ended.all()
+    def go_on(state: State) -> Array:
+        place, _, ended, _, _ = state
+        return (place < end) & ~ended.all()
 
-    def one_token(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        place, tokens, ended = carry
-        features = model.features(tokens)
-        last = jax.lax.dynamic_index_in_dim(features, place - 1, axis=1, keepdims=False)
-        logits = _likeliest(model.logits(last), temperature, top_k, top_p)
+    def one_token(state: State) -> State:
+        place, tokens, ended, features, memory = state
+        logits = likeliest(model.logits(features), temperature, top_k, top_p)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, place)
         drawn = jax.vmap(jax.random.categorical)(keys, logits)
-        token = jnp.where(ended, eos_id, drawn).astype(jnp.int32)
+        is_given = place < lengths
+        ended = ended | (place >= lengths + max_tokens)
+        token = jnp.where(ended, eos_id, drawn)
+        token = jnp.where(is_given, tokens[:, place], token).astype(jnp.int32)
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, place, axis=1)
-        return place + 1, tokens, ended | (token == eos_id)
+        ended = ended | (~is_given & (token == eos_id))
+        features, memory = model.go_on(token[:, None], place, memory)
+        return place + 1, tokens, ended, features[:, -1], memory
 
-    start = jnp.asarray(prompt_length), tokens, jnp.zeros(batch, bool)
-    return jax.lax.while_loop(go_on, one_token, start)[1]
+    memory = model.empty_memory(batch, context)
+    features, memory = model.go_on(tokens[:, :start], 0, memory)
+    ended = jnp.zeros(batch, bool)
+    first = jnp.asarray(start), tokens, ended, features[:, -1], memory
+    return jax.lax.while_loop(go_on, one_token, first)[1]
 
 
-def _likeliest(
+def likeliest(
     logits: Float[Array, "batch vocab"],
     temperature: float | Float[Array, ""],
-    top_k: int,
+    top_k: int | Int[Array, ""],
     top_p: float | Float[Array, ""],
 ) -> Float[Array, "batch vocab"]:
     """Logits of the distribution to draw from: -inf for tokens that are left out."""
     greedy = jnp.where(logits == logits.max(-1, keepdims=True), 0.0, -jnp.inf)
     logits = logits / jnp.maximum(temperature, 1e-6)
-    if 0 < top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
     ordered = -jnp.sort(-logits, axis=-1)
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(
-        ordered, axis=-1
-    )
-    least = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+    places = jnp.arange(logits.shape[-1])
+    k = jnp.where(top_k > 0, top_k, logits.shape[-1])
+    ordered = jnp.where(places < k, ordered, -jnp.inf)
+    shares = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    is_left = (before < top_p) & (places < k)
+    least = jnp.where(is_left, ordered, jnp.inf).min(-1, keepdims=True)
     logits = jnp.where(logits < least, -jnp.inf, logits)
     return jnp.where(temperature == 0, greedy, logits)

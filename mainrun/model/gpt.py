@@ -1,14 +1,15 @@
-"""GPT: token and position embeddings, pre-norm blocks of attention and MLP, a final norm, a head.
+"""GPT and U-Net GPT: embeddings, blocks of attention and MLP, a head; and their static half.
 
-Flax NNX describes the network; outside this file it is a static `graphdef` and one flat dict of
+Flax NNX describes the network; outside this folder it is a static `graphdef` and one flat dict of
 arrays under dotted names (`blocks.0.attention.qkv.kernel`). `nnx.jit` would cost about 10 ms of
 Python a step, the dict next to nothing (SPEED 3.4), and names serve masks, files and export.
 Radford et al. 2019; Vaswani et al. 2017 (arXiv:1706.03762).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,37 +17,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mainrun import config
-from mainrun.model import masks
-from mainrun.model.attention import CausalAttention
-from mainrun.model.layers import (
-    DropoutKeys,
-    Embedding,
-    LayerNorm,
-    Mlp,
-    dropout,
-    fold,
-    unembed,
-)
+from mainrun.model import lora
+from mainrun.model.blocks import Block, Skip
+from mainrun.model.cache import Cache, Span
+from mainrun.model.initializers import Initializer
+from mainrun.model.layers import DropoutKeys, Embedding, dropout, fold, norm, unembed
+from mainrun.model.moe import Routing
+from mainrun.model.positions import sinusoids
 
 Params = dict[str, jax.Array]
 
 
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class Read(NamedTuple):
+    """What the network makes of a text: what the head reads, and how each layer routed it."""
 
-    def __init__(self, settings: config.Model, *, rngs: nnx.Rngs) -> None:
-        self.dropout = settings.dropout
-        self.attention_norm = LayerNorm(settings.d_model)
-        self.attention = CausalAttention(
-            settings.attention, settings.d_model, settings.dropout, rngs=rngs
-        )
-        self.mlp_norm = LayerNorm(settings.d_model)
-        self.mlp = Mlp(settings.mlp, settings.d_model, rngs=rngs)
-
-    def __call__(self, x: Array, mask: Array, keys: DropoutKeys | None) -> Array:
-        mixed = self.attention(self.attention_norm(x), mask, keys)
-        x = x + dropout(mixed, keys, 1, self.dropout)
-        return x + dropout(self.mlp(self.mlp_norm(x)), keys, 2, self.dropout)
+    features: Float[Array, "batch time width"]
+    routings: tuple[Routing, ...]  # none without a mixture of experts
 
 
 class Gpt(nnx.Module):
@@ -54,46 +40,73 @@ class Gpt(nnx.Module):
 
     def __init__(
         self,
-        settings: config.Model,
+        settings: config.Network,
         *,
         vocab_size: int,
         context_length: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        width = settings.d_model
-        self.dropout = settings.dropout
+        self.settings = settings
+        self.vocab_size = vocab_size
         self.dtype = dtype
-        self.token_embedding = Embedding(vocab_size, width, rngs=rngs)
-        self.position_embedding = Embedding(context_length, width, zeros=True, rngs=rngs)
-        self.blocks = nnx.List([Block(settings, rngs=rngs) for _ in range(settings.num_layers)])
-        self.final_norm = LayerNorm(width)
-        self.head = None if settings.tie_embeddings else Embedding(vocab_size, width, rngs=rngs)
+        init, widths = Initializer.of(settings), settings.widths
+        multiple = settings.pad_vocab_to_multiple_of
+        rows = -(-vocab_size // multiple) * multiple
+        self.token_embedding = Embedding(rows, widths[0], init=init, rngs=rngs)
+        self.position_embedding = (
+            Embedding(context_length, widths[0], init=None, rngs=rngs)
+            if settings.position == "learned"
+            else None
+        )
+        self.blocks = nnx.List(
+            Block(settings, inputs, outputs, is_first=number == 0, rngs=rngs)
+            for number, (inputs, outputs) in enumerate(pairwise(widths))
+        )
+        self.skips = nnx.List(
+            Skip(widths[i + 1], widths[-2 - i], init=init, rngs=rngs) for i in _paired(settings)
+        )
+        is_pre = settings.norm_position == "pre"
+        self.final_norm = norm(settings, widths[-1]) if is_pre else None
+        tied = settings.tie_embeddings
+        self.head = None if tied else Embedding(rows, widths[-1], init=init, rngs=rngs)
+        if settings.lora is not None:
+            lora.attach(self, settings.lora, rngs=rngs)
 
-    def features(
+    def read(
         self,
         tokens: Int[Array, "batch time"],
         segment_ids: Int[Array, "batch time"] | None = None,
         dropout_keys: DropoutKeys | None = None,
-    ) -> Float[Array, "batch time width"]:
-        """What the head reads. With `segment_ids`, attention stays within each document;
-        with `dropout_keys`, dropout is on."""
-        time = tokens.shape[1]
-        mask = masks.causal(time)
-        if segment_ids is not None:
-            mask = mask & masks.same_document(segment_ids)
-        embedded = self.token_embedding.embedding[...][tokens]
-        x = (embedded + self.position_embedding.embedding[...][:time]).astype(self.dtype)
-        x = dropout(x, dropout_keys, 0, self.dropout)
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x, mask, None if dropout_keys is None else fold(dropout_keys, number))
-        return self.final_norm(x)
+    ) -> Read:
+        """A whole text from its beginning. With `segment_ids`, attention stays within each
+        document; with `dropout_keys`, dropout is on."""
+        span = Span(jnp.arange(tokens.shape[1]), segment_ids)
+        return self._through(tokens, span, dropout_keys, None)[0]
+
+    def go_on(
+        self,
+        tokens: Int[Array, "batch time"],
+        position: int | Int[Array, ""],
+        memory: Sequence[Cache],
+    ) -> tuple[Float[Array, "batch time width"], tuple[Cache, ...]]:
+        """What the head reads of these tokens, the first of which stands at `position`, and what
+        is remembered now: the beginning of a text (`position` 0), or one more token of it."""
+        span = Span(position + jnp.arange(tokens.shape[1]))
+        read, memory = self._through(tokens, span, None, memory)
+        return read.features, tuple(memory)
+
+    def empty_memory(self, batch: int, length: int) -> tuple[Cache, ...]:
+        """A cache for each block, for texts of at most `length` tokens."""
+        return tuple(b.attention.empty_cache(batch, length, self.dtype) for b in self.blocks)
 
     def logits(self, features: Float[Array, "*any width"]) -> Float[Array, "*any vocab"]:
         """Unnormalised log probabilities of the next token, float32."""
         table = self.token_embedding if self.head is None else self.head
         rows = unembed(features.reshape(-1, features.shape[-1]), table.embedding[...])
-        return rows.reshape(*features.shape[:-1], -1)
+        logits = rows[:, : self.vocab_size].reshape(*features.shape[:-1], -1)
+        cap = self.settings.logit_softcap  # Gemma Team 2024 (arXiv:2408.00118), section 2
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def __call__(
         self,
@@ -101,15 +114,67 @@ class Gpt(nnx.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         dropout_keys: DropoutKeys | None = None,
     ) -> Float[Array, "batch time vocab"]:
-        """Logits of the token after each position; see `features`."""
-        return self.logits(self.features(tokens, segment_ids, dropout_keys))
+        """Logits of the token after each position; see `read`."""
+        return self.logits(self.read(tokens, segment_ids, dropout_keys).features)
+
+    def _through(
+        self,
+        tokens: Array,
+        span: Span,
+        keys: DropoutKeys | None,
+        memory: Sequence[Cache] | None,
+    ) -> tuple[Read, list[Cache]]:
+        x = dropout(self._embedded(tokens, span), keys, 0, self.settings.dropout)
+        first_values = None
+        routings: list[Routing] = []
+        remembered: list[Cache] = []
+        outputs: list[Array] = []
+        pairs = _paired(self.settings)
+        mirrored = {len(self.blocks) - 1 - i: n for n, i in enumerate(pairs)}
+        for number, block in enumerate(self.blocks):
+            block_keys = None if keys is None else fold(keys, number + 1)
+            if number in mirrored:
+                n = mirrored[number]
+                x = self.skips[n](x, outputs[pairs[n]], block_keys)
+            cache = None if memory is None else memory[number]
+            x, values, routing, cache = block(x, span, block_keys, first_values, cache)
+            outputs.append(x)
+            first_values = values if number == 0 else first_values
+            if routing is not None:
+                routings.append(routing)
+            if cache is not None:
+                remembered.append(cache)
+        x = x if self.final_norm is None else self.final_norm(x)
+        return Read(x, tuple(routings)), remembered
+
+    def _embedded(self, tokens: Array, span: Span) -> Array:
+        x = self.token_embedding.embedding[...][tokens]
+        match self.settings.position:
+            case "learned":
+                assert self.position_embedding is not None
+                x = x + self.position_embedding.embedding[...][span.positions]
+            case "sinusoidal":  # scaled up beside sines of size 1: Vaswani et al., section 3.4
+                x = x * x.shape[-1] ** 0.5 + sinusoids(span.positions, x.shape[-1])
+            case "rotary":
+                pass
+        return x.astype(self.dtype)
+
+
+def _paired(settings: config.Network) -> range:
+    """Blocks whose output their mirror image in the second half receives.
+
+    Not the innermost pair of an even number: one would only repeat what the other was given.
+    """
+    if isinstance(settings, config.UnetGpt) and settings.skip_connections:
+        return range((len(settings.widths) - 2) // 2)
+    return range(0)
 
 
 class Network:
     """The static half of a model: makes initial parameters, and binds parameters to a module."""
 
     def __init__(
-        self, settings: config.Model, *, vocab_size: int, context_length: int, precision: str
+        self, settings: config.Network, *, vocab_size: int, context_length: int, precision: str
     ) -> None:
         self._build = partial(
             Gpt,
@@ -118,6 +183,7 @@ class Network:
             context_length=context_length,
             dtype=jnp.dtype(precision),
         )
+        self.settings = settings
         self.vocab_size = vocab_size
         self.context_length = context_length
         abstract = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(0)))

@@ -1,8 +1,10 @@
-"""The layers every architecture is built of: linear, embedding, layer norm, MLP, dropout.
+"""The layers every architecture is built of: linear, embedding, norms, MLP, dropout.
 
 Parameters are float32 `nnx.Param`; a layer computes in the dtype of its input. The functions
 below the modules hold what was measured to matter for speed; the plain forms stand in the tests.
 """
+
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -10,82 +12,185 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt32
 
 from mainrun import config
+from mainrun.model.initializers import Initializer
 
 DropoutKeys = UInt32[Array, "batch 2"]
 """One random key per example. Masks then do not depend on how a batch is cut into micro-batches."""
 
-_INIT = nnx.initializers.normal(0.02)
-
 
 class Linear(nnx.Module):
-    """x @ kernel + bias."""
+    """x @ kernel + bias, and what an adapter adds (see `lora`)."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(_INIT(rngs.params(), (inputs, outputs), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(outputs))
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        init: Initializer,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.adapter: Adapter | None = None
 
-    def __call__(self, x: Float[Array, "batch time inputs"]) -> Float[Array, "batch time outputs"]:
+    def __call__(
+        self, x: Float[Array, "batch time inputs"], keys: DropoutKeys | None = None
+    ) -> Float[Array, "batch time outputs"]:
         rows = x.reshape(-1, x.shape[-1])
-        return linear(rows, self.kernel[...], self.bias[...]).reshape(*x.shape[:-1], -1)
+        bias = None if self.bias is None else self.bias[...]
+        y = linear(rows, self.kernel[...], bias).reshape(*x.shape[:-1], -1)
+        return y if self.adapter is None else y + self.adapter(x, keys)
+
+    def weight(self) -> Float[Array, "inputs outputs"]:
+        """The kernel, float32, with what an adapter adds to it."""
+        kernel = self.kernel[...]
+        return kernel if self.adapter is None else kernel + self.adapter.difference()
+
+
+class Adapter(nnx.Module):
+    """A low-rank difference to a linear layer: x @ down @ up · alpha / rank.
+
+    `up` begins at zero, so that training begins at the base. Hu et al. 2021 (arXiv:2106.09685),
+    section 4.1; their A is `down`, their B `up`.
+    """
+
+    def __init__(
+        self, settings: config.Lora, inputs: int, outputs: int, site: int, *, rngs: nnx.Rngs
+    ) -> None:
+        draw = jax.random.normal(rngs.params(), (inputs, settings.rank))
+        self.down = nnx.Param(draw * inputs**-0.5)
+        self.up = nnx.Param(jnp.zeros((settings.rank, outputs)))
+        self.factor = settings.alpha / settings.rank
+        self.dropout, self.site = settings.dropout, site
+
+    def __call__(
+        self, x: Float[Array, "batch time inputs"], keys: DropoutKeys | None
+    ) -> Float[Array, "batch time outputs"]:
+        x = dropout(x, keys, self.site, self.dropout)
+        rows = x.reshape(-1, x.shape[-1])
+        y = linear(linear(rows, self.down[...], None), self.up[...], None)
+        return (y * self.factor).reshape(*x.shape[:-1], -1)
+
+    def difference(self) -> Float[Array, "inputs outputs"]:
+        """What merging adds to the kernel."""
+        return self.factor * (self.down[...] @ self.up[...])
 
 
 class Embedding(nnx.Module):
     """One row of `width` numbers per id."""
 
-    def __init__(self, size: int, width: int, *, zeros: bool = False, rngs: nnx.Rngs) -> None:
-        shape = (size, width)
+    def __init__(self, size: int, width: int, *, init: Initializer | None, rngs: nnx.Rngs) -> None:
+        """Without an initializer, zeros."""
         self.embedding = nnx.Param(
-            jnp.zeros(shape) if zeros else _INIT(rngs.params(), shape, jnp.float32)
+            init.embedding(rngs.params(), size, width) if init else jnp.zeros((size, width))
         )
 
 
 class LayerNorm(nnx.Module):
-    """Ba et al. 2016 (arXiv:1607.06450), statistics in float32, epsilon 1e-5."""
+    """Ba et al. 2016 (arXiv:1607.06450), statistics in float32."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, eps: float, bias: bool) -> None:
         self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
+        self.eps = eps
 
-    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+    def __call__(self, x: Float[Array, "*any width"]) -> Float[Array, "*any width"]:
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(variance + 1e-5)
-        return (normal * self.scale[...] + self.bias[...]).astype(x.dtype)
+        y = centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class RmsNorm(nnx.Module):
+    """Zhang & Sennrich 2019 (arXiv:1910.07467), statistics in float32."""
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*any width"]) -> Float[Array, "*any width"]:
+        wide = x.astype(jnp.float32)
+        variance = jnp.square(wide).mean(-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.eps) * self.scale[...]).astype(x.dtype)
+
+
+def norm(settings: config.Network, width: int) -> LayerNorm | RmsNorm:
+    """The norm that these settings name, fresh."""
+    match settings.norm:
+        case "layernorm":
+            return LayerNorm(width, eps=settings.norm_eps, bias=settings.bias)
+        case "rmsnorm":
+            return RmsNorm(width, eps=settings.norm_eps)
+        case _:
+            assert_never(settings.norm)
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Two linear layers with an activation between them. SwiGLU's `up` is gate | up in columns."""
 
-    def __init__(self, settings: config.Mlp, width: int, *, rngs: nnx.Rngs) -> None:
-        self.up = Linear(width, settings.hidden, rngs=rngs)
-        self.down = Linear(settings.hidden, width, rngs=rngs)
+    def __init__(
+        self,
+        settings: config.DenseMlp,
+        width: int,
+        *,
+        init: Initializer,
+        out_init: Initializer,
+        bias: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kind = settings.kind
+        hidden = settings.hidden or 4 * width
+        wide = 2 * hidden if self.kind == "swiglu" else hidden
+        self.up = Linear(width, wide, init=init, bias=bias, rngs=rngs)
+        self.down = Linear(hidden, width, init=out_init, bias=bias, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+    def __call__(
+        self, x: Float[Array, "batch time width"], keys: DropoutKeys | None = None
+    ) -> Float[Array, "batch time width"]:
+        return self.down(activate(self.kind, self.up(x, keys)), keys)
+
+
+def activate(kind: config.Activation, x: Float[Array, "*any wide"]) -> Float[Array, "*any hidden"]:
+    """The activation of what `up` gives; SwiGLU joins its two halves."""
+    match kind:
+        case "gelu":  # exact, Hendrycks & Gimpel 2016 (arXiv:1606.08415)
+            return jax.nn.gelu(x, approximate=False)
+        case "relu":
+            return jax.nn.relu(x)
+        case "relu2":  # So et al. 2021 (arXiv:2109.08668)
+            return jnp.square(jax.nn.relu(x))
+        case "swiglu":  # Shazeer 2020 (arXiv:2002.05202)
+            gate, up = jnp.split(x, 2, axis=-1)
+            return jax.nn.silu(gate) * up
+        case _:
+            assert_never(kind)
 
 
 @jax.custom_vjp
 def linear(
     x: Float[Array, "rows inputs"],
     kernel: Float[Array, "inputs outputs"],
-    bias: Float[Array, " outputs"],
+    bias: Float[Array, " outputs"] | None,
 ) -> Float[Array, "rows outputs"]:
     """x @ kernel + bias in the dtype of x; the gradients of kernel and bias are float32."""
-    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+    y = x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
 
 
-def _linear_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x, kernel, bias), (x, kernel)
+def _linear_forward(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, tuple]:
+    return linear(x, kernel, bias), (x, kernel, bias)
 
 
-def _linear_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array, Array]:
+def _linear_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array | None]:
     # Without the barrier XLA:CPU fuses the norm's and dropout's backward into transposed copies
     # that feed this product: a third of the step (SPEED 3.2).
-    x, kernel = saved
+    x, kernel, bias = saved
     x, dy = jax.lax.optimization_barrier((x, dy))
     dkernel = jnp.matmul(x.T, dy, preferred_element_type=jnp.float32)
-    return dy @ kernel.astype(dy.dtype).T, dkernel, dy.astype(jnp.float32).sum(0)
+    dbias = None if bias is None else dy.astype(jnp.float32).sum(0)
+    return dy @ kernel.astype(dy.dtype).T, dkernel, dbias
 
 
 linear.defvjp(_linear_forward, _linear_backward)

@@ -100,6 +100,8 @@ class SearchSpace:
     """What else the file says, for W&B: name, project, early_terminate and the like."""
     places: Mapping[str, str]
     """`file:line` of each parameter."""
+    notes: tuple[str, ...] = ()
+    """What was assumed in reading a file that speaks of the report's layout."""
 
     def varied(self) -> dict[str, Distribution]:
         return {p: d for p, d in self.parameters.items() if not isinstance(d, Fixed)}

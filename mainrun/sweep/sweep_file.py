@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, assert_never, cast
 
 from mainrun import yaml12
+from mainrun.config import report_names
 from mainrun.errors import UserError
+from mainrun.sweep import report_sweep
 from mainrun.sweep.search_space import (
     METRICS,
     Choices,
@@ -38,6 +40,7 @@ _KEYS = (
 )  # fmt: skip
 _FOR_WANDB = ("name", "description", "project", "entity", "run_cap", "early_terminate")
 _PARAMETER_KEYS = ("value", "values", "min", "max", "distribution", "q", "parameters")
+_OLD_PROGRAM = ("program", "train.py")  # of the mainrun report, whose names are translated
 _DISTRIBUTIONS = (
     "constant", "categorical", "int_uniform", "uniform", "q_uniform",
     "log_uniform_values", "q_log_uniform_values",
@@ -72,13 +75,24 @@ def from_definition(
         raise UserError(
             f"{places.get('parameters', source)}: `parameters` must name at least one setting"
         )
-    for setting, spec, written in _flat(listed, "", "parameters", places, source):
-        place = places.get(written, source)
+    written = [
+        (setting, spec, places.get(path, source))
+        for setting, spec, path in _flat(listed, "", "parameters", places, source)
+    ]
+    base: Path | None = None
+    notes: tuple[str, ...] = ()
+    if any(report_names.is_old_name(setting) for setting, _, _ in written):
+        written, base, notes = report_sweep.translate(written)
+        tree = {key: value for key, value in tree.items() if (key, value) != _OLD_PROGRAM}
+    for setting, spec, place in written:
         if setting in parameters:
             raise UserError(f"{place}: `{setting}` is given twice")
         parameters[setting] = _distribution(setting, spec, place)
         lines[setting] = place
     file, overrides = _command(tree, places.get("command", source))
+    if file is None and base is not None:
+        file = base
+        notes += (f"{source}: a trial is a `mainrun train` of {base}; `command` names another",)
     space = SearchSpace(
         name=str(tree.get("name") or name),
         method=cast(Method, method),
@@ -89,6 +103,7 @@ def from_definition(
         run_cap=_run_cap(tree.get("run_cap"), places.get("run_cap", source)),
         others={key: tree[key] for key in _FOR_WANDB if key in tree},
         places=lines,
+        notes=notes,
     )
     if method == "grid":
         for setting, distribution in parameters.items():

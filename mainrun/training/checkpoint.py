@@ -93,7 +93,8 @@ class Checkpoints:
         self.wait()
         self._writing = step
         # Copies: views of the state would keep the next step from reusing its memory.
-        arrays = {name: np.array(array) for name, array in _named(state).items()}
+        trained = state._replace(frozen={})  # the base is another run's, and never changes
+        arrays = {name: np.array(array) for name, array in _named(trained).items()}
         record = {
             "progress": dataclasses.asdict(progress),
             "checksums": {name: _checksum(array) for name, array in arrays.items()},
@@ -147,14 +148,15 @@ class Checkpoints:
         return None, damaged
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
-        """This step's state, in the structure of `like` (abstract will do).
+        """This step's state, in the structure of `like` (abstract will do), with its frozen part.
 
         Raises whatever a damaged checkpoint makes Orbax raise, or ValueError for a bad checksum.
         """
-        named = _named(like)
+        named = _named(like._replace(frozen={}))
         arrays, progress = self._read(step, _split(named))
         leaves = [jax.numpy.asarray(arrays[name]) for name in named]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), progress
+        structure = jax.tree.structure(like._replace(frozen={}))
+        return jax.tree.unflatten(structure, leaves)._replace(frozen=like.frozen), progress
 
     def restore_params(self, step: int, like: Mapping[str, Any]) -> Params:
         """This step's parameters alone; raises as `restore` does."""

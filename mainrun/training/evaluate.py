@@ -7,16 +7,24 @@ these over different denominators. Batch size only decides how many windows are 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Float64, Int
 
 from mainrun.data.batches import Batch, Windows, take
 from mainrun.model.gpt import Network, Params
-from mainrun.training.step import token_nll
+from mainrun.training.step import TokenLoss, token_loss
 
-ScoreBatch = Callable[[Params, Batch], Float[Array, "batch time"]]
+ScoreBatch = Callable[[Params, Batch], TokenLoss]
+
+
+class Scored(NamedTuple):
+    """What the model makes of a text."""
+
+    nll: Float64[np.ndarray, " tokens"]  # nats of every token, in the text's order
+    balance: float  # mean balance loss over tokens; 0 without a mixture of experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +52,15 @@ class Text:
 
 
 def make_score_batch(network: Network, *, micro_batches: int, mask_documents: bool) -> ScoreBatch:
-    """Negative log likelihood of every target of a batch in nats, dropout off; jitted."""
+    """The loss of every target of a batch, dropout off; jitted."""
 
-    def score(params: Params, batch: Batch) -> Array:
-        def part(rows: Batch) -> Array:
+    def score(params: Params, batch: Batch) -> TokenLoss:
+        def part(rows: Batch) -> TokenLoss:
             model = network.bind(params)
-            return token_nll(model, rows, mask_documents=mask_documents, dropout_keys=None)
+            return token_loss(model, rows, mask_documents=mask_documents, dropout_keys=None)
 
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-        return jax.lax.map(part, parts).reshape(batch.targets.shape)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(part, parts))
 
     return jax.jit(score)
 
@@ -63,28 +71,31 @@ def score(
     windows: Windows,
     batch_size: int,
     before_batch: Callable[[], None] = lambda: None,
-) -> Float64[np.ndarray, " tokens"]:
-    """Nats of every token of the text, in its order.
+) -> Scored:
+    """Every token of the text, once.
 
     `before_batch` may raise to give up: an evaluation is long, and somebody may want to stop.
     """
     positions = windows.positions
     nll = np.full(int(positions.max()) + 1, np.nan)
-    waiting: tuple[Int[np.ndarray, " batch"], Array] | None = None
+    balance = np.zeros(len(windows))
+    waiting: tuple[Int[np.ndarray, " batch"], TokenLoss] | None = None
     for rows, batch in _batches(windows, batch_size):
         before_batch()
         dispatched = rows, score_batch(params, batch)
-        _store(waiting, positions, nll)  # of the batch before, while the device does this one
+        _store(waiting, positions, nll, balance)  # of the last, while the device does this one
         waiting = dispatched
-    _store(waiting, positions, nll)
-    assert len(nll) == (positions >= 0).sum()  # each position is some window's, once
-    return nll
+    _store(waiting, positions, nll, balance)
+    in_window = (positions >= 0).sum(1)
+    assert len(nll) == in_window.sum()  # each position is some window's, once
+    return Scored(nll, float((balance * in_window).sum() / len(nll)))
 
 
 def metrics(
-    nll: Float64[np.ndarray, " tokens"], text: Text, *, batch_size: int, context_length: int
+    scored: Scored, text: Text, *, batch_size: int, context_length: int
 ) -> dict[str, float]:
     """The `val/` metrics. Batch size and context move `val/loss_mainrun` and its coverage only."""
+    nll = scored.nll
     total = float(nll.sum())
     per_document = np.add.reduceat(nll, np.cumsum(text.tokens) - text.tokens)
     characters = int(text.characters.sum())
@@ -99,7 +110,7 @@ def metrics(
         "val/loss_mainrun": float(nll[seen].sum()) / characters,
         "val/coverage_mainrun": float(seen.mean()),
         "val/tokens": len(nll),
-    }
+    } | ({"val/balance_loss": scored.balance} if scored.balance else {})
 
 
 def _batches(
@@ -113,13 +124,17 @@ def _batches(
 
 
 def _store(
-    waiting: tuple[Int[np.ndarray, " batch"], Array] | None, positions: np.ndarray, nll: np.ndarray
+    waiting: tuple[Int[np.ndarray, " batch"], TokenLoss] | None,
+    positions: np.ndarray,
+    nll: np.ndarray,
+    balance: np.ndarray,
 ) -> None:
     if waiting is None:
         return
     rows, scored = waiting
     real = positions[rows] >= 0
-    nll[positions[rows][real]] = np.asarray(scored)[: len(rows)][real]
+    nll[positions[rows][real]] = np.asarray(scored.nll)[: len(rows)][real]
+    balance[rows] = np.asarray(scored.balance)[: len(rows)]
 
 
 def _standard_error(

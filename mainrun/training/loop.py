@@ -131,10 +131,12 @@ class _Pipeline:
         if step % self._plan.log_every == 0 or step == self._plan.total_steps:
             mean_seconds = self._unlogged_seconds / self._unlogged_steps
             self._unlogged_steps, self._unlogged_seconds = 0, 0.0
+            balance = float(metrics.balance_loss)
             self._run.log_step(
                 step,
                 {
                     "train/loss": loss,
+                    **({"train/balance_loss": balance} if balance else {}),
                     "optimizer/learning_rate": float(metrics.learning_rate),
                     "optimizer/grad_norm": float(metrics.grad_norm),
                     "perf/step_ms": 1e3 * mean_seconds,

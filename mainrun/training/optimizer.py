@@ -11,6 +11,7 @@ import jax
 import optax
 
 from mainrun import config
+from mainrun.errors import UserError
 
 
 def schedule(
@@ -19,9 +20,7 @@ def schedule(
     """Learning rate of each step. Raises ValueError when warm-up outlasts the run."""
     warmup = settings.warmup.in_steps(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     if warmup > total_steps:
-        raise config.UserError(
-            f"schedule.warmup is {warmup} steps, the whole run only {total_steps}"
-        )
+        raise UserError(f"schedule.warmup is {warmup} steps, the whole run only {total_steps}")
     rest = max(1, total_steps - warmup)
     match settings:
         case config.Cosine(final_fraction=final):

@@ -31,9 +31,11 @@ def save_windows(texts: Texts, folder: Path) -> Path:
 def load_windows(path: Path) -> Texts:
     """What `save_windows` wrote. The validation text is empty: nobody is evaluated here."""
     saved = np.load(path)
-    windows = Windows(saved["inputs"], saved["targets"], saved["positions"], tokenizers.EOS_ID)
+    tokenizer = tokenizers.load(path.with_name("tokenizer.json"))
+    eos_id = tokenizers.special_id(tokenizer, tokenizers.EOS)
+    windows = Windows(saved["inputs"], saved["targets"], saved["positions"], eos_id)
     return Texts(
-        tokenizer=tokenizers.load(path.with_name("tokenizer.json")),
+        tokenizer=tokenizer,
         train=windows,
         validation=Text.of([], [], windows),
         num_train_documents=0,

@@ -48,7 +48,7 @@ def settings(
             "d_model": run.model.d_model,
             "num_layers": run.model.num_layers,
             "num_heads": run.model.attention.num_heads,
-            "mlp_hidden": run.model.mlp.hidden,
+            "mlp_hidden": run.model.mlp.hidden or 4 * run.model.d_model,
             "dropout": run.model.dropout,
         },
         "optimizer": optimizer,

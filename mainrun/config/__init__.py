@@ -1,0 +1,44 @@
+"""Every setting of a run: names, types, ranges, defaults. No JAX here.
+
+The classes are the schema. `config/base.yaml` states the same defaults with their units, and a test
+holds the two together. `load` makes one frozen `Config` of a file and overrides.
+"""
+# ruff: noqa: F401 - these are the names that the rest of the package uses
+
+from mainrun.config.data import Bpe, Char, Data, Tiktoken, Tokenizer, Unigram, WordPiece
+from mainrun.config.kinds import Duration
+from mainrun.config.load import as_dict, checked, default_config_root, load, notes, to_yaml
+from mainrun.config.model import (
+    Activation,
+    AllKeys,
+    Attention,
+    CausalAttention,
+    DenseMlp,
+    FixedKeys,
+    Gpt,
+    LatentAttention,
+    LocalKeys,
+    Lora,
+    MixtureOfExperts,
+    Mlp,
+    Model,
+    MultiHead,
+    Network,
+    Pattern,
+    SparseAttention,
+    SparseKAttention,
+    StridedKeys,
+    UnetGpt,
+)
+from mainrun.config.optimization import (
+    AdamW,
+    Checkpoint,
+    Constant,
+    Cosine,
+    Linear,
+    Optimizer,
+    Schedule,
+    Sgd,
+    Training,
+)
+from mainrun.config.run import Config, Tracking

@@ -1,0 +1,10 @@
+"""What a training step needs of the device's memory, by part and by the compiler's count."""
+
+from mainrun.memory.compiled import check_fits, executable_bytes, gibibytes
+from mainrun.memory.peak import Estimate, estimate
+from mainrun.memory.report import Report, as_dict, by_part, examine, table
+
+__all__ = [
+    "Estimate", "Report", "as_dict", "by_part", "check_fits", "estimate", "examine",
+    "executable_bytes", "gibibytes", "table",
+]  # fmt: skip

@@ -1,0 +1,200 @@
+"""How the memory of a training step is shown: as plain text, as JSON, as a few lines of a run.
+
+Plain text fits 100 columns, without colours, the same on a terminal and in a file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from mainrun import parts
+from mainrun.config import Config
+from mainrun.memory import compiled
+from mainrun.memory.peak import Estimate, estimate
+from mainrun.memory.vocabulary import Vocabulary, expected
+from mainrun.training import backend
+
+_TITLES = {
+    "parameters": "parameters",
+    "frozen_parameters": "frozen parameters",
+    "optimizer_state": "optimizer state",
+    "batch": "batch of tokens",
+    "gradients": "gradients",
+    "gradient_accumulator": "gradient accumulator",
+    "rounded_weights": "weights rounded to bfloat16",
+    "embedding": "embedding",
+    "dropout_index": "dropout's index",
+    "norms_and_residual": "norms and residual",
+    "projections": "attention's projections",
+    "attention_weights": "attention's weights",
+    "mlp": "MLP",
+    "experts": "experts",
+    "skip": "skip",
+    "adapters": "adapters",
+    "backward_pass": "backward pass",
+    "final_norm": "final norm",
+    "logits": "logits and loss",
+}
+_WHY = {
+    "parameters": "float32, tied ones once",
+    "optimizer_state": "float32, for each moment as large as the parameters",
+    "gradients": "float32, their sums and their means, of which the norm is taken",
+    "attention_weights": "sequences × heads × time × keys, in each block",
+    "mlp": "sequences × time × hidden width, in each block",
+    "experts": "sequences × time × top_k × hidden width, in each block",
+    "logits": "sequences × time × vocabulary, twice",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a config's training step is reckoned to take, what the compiler says, what is free."""
+
+    estimate: Estimate
+    compiled_bytes: int
+    available_bytes: int | None
+    vocabulary: Vocabulary
+    micro_batches: int
+    config: Config
+    device: str
+
+    @property
+    def ratio(self) -> float:
+        return self.estimate.total_bytes / self.compiled_bytes
+
+    @property
+    def fits(self) -> bool:
+        return compiled.fits(self.compiled_bytes, self.available_bytes)
+
+
+def examine(config: Config, vocab_size: int | None = None) -> Report:
+    """What a step of these settings takes on this machine; without a size, of the expected one.
+
+    Neither text nor numbers are read: the step is compiled for shapes alone, so one that does not
+    fit is told like any other. Raises UserError for settings that go with no network.
+    """
+    backend.prepare()
+    vocabulary = expected(config) if vocab_size is None else Vocabulary(vocab_size, "as asked")
+    micro_batches = parts.num_micro_batches(config)
+    return Report(
+        estimate=estimate(config, vocabulary.size, micro_batches),
+        compiled_bytes=compiled.step_bytes(config, vocabulary.size, micro_batches),
+        available_bytes=backend.memory_limit_bytes(),
+        vocabulary=vocabulary,
+        micro_batches=micro_batches,
+        config=config,
+        device=backend.describe_device(),
+    )
+
+
+def table(found: Report) -> str:
+    """The step for a terminal."""
+    training, reckoned = found.config.training, found.estimate
+    time, count = found.config.data.context_length, training.batch_size // found.micro_batches
+    rows = [
+        *_rows(reckoned),
+        ("estimate", _mebibytes(reckoned.total_bytes), "100 %"),
+        ("compiler's count", _mebibytes(found.compiled_bytes), ""),
+    ]
+    names = max(len(name) for name, _, _ in rows)
+    facts = [
+        ("vocabulary", f"{found.vocabulary.size:,} tokens, {found.vocabulary.reason}"),
+        ("batch", f"{training.batch_size} × {time} tokens, of which {count} × {time} at a time"),
+        ("precision", training.precision),
+        ("device", found.device),
+    ]
+    verdicts = [
+        ("estimate", f"{found.ratio:.2f} of the compiler's count"),
+        ("largest part", dominating(reckoned)),
+        ("activations", f"{_mebibytes(reckoned.activation_bytes)} after the forward pass"),
+        ("available", _verdict(found)),
+    ]
+    return "\n".join(
+        [
+            *(f"{name:14}{fact}" for name, fact in facts),
+            f"\nA training step, {reckoned.moment}:",
+            *(f"  {name:{names}}  {size:>13}  {share:>5}".rstrip() for name, size, share in rows),
+            "",
+            *(f"{name:14}{fact}" for name, fact in verdicts),
+        ]
+    )
+
+
+def as_dict(found: Report) -> dict[str, Any]:
+    """The step as JSON has it; sizes are bytes."""
+    reckoned = found.estimate
+    return {
+        "estimated_bytes": reckoned.total_bytes,
+        "compiled_bytes": found.compiled_bytes,
+        "ratio": found.ratio,
+        "peak_at": reckoned.moment,
+        "parts_bytes": reckoned.by_part,
+        "activation_bytes": reckoned.activation_bytes,
+        "blocks_bytes": [dict(block) for block in reckoned.blocks],
+        "dominating_part": reckoned.dominating,
+        "available_bytes": found.available_bytes,
+        "fits": found.fits,
+        "vocab_size": found.vocabulary.size,
+        "vocab_size_is": found.vocabulary.reason,
+        "micro_batches": found.micro_batches,
+        "device": found.device,
+    }
+
+
+def by_part(found: Estimate) -> str:
+    """`460.3 MiB estimated: logits and loss 125.0 MiB, ...`, parts of less than 1 % left out."""
+    parts = [
+        f"{_TITLES[name]} {_mebibytes(size)}"
+        for name, size in found.by_part.items()
+        if size >= 0.01 * found.total_bytes
+    ]
+    return f"{_mebibytes(found.total_bytes)} estimated: {', '.join(parts)}"
+
+
+def dominating(found: Estimate) -> str:
+    """The largest part, in words: `logits and loss, 125.0 MiB, 42 % (...)`."""
+    name, size = found.dominating, found.by_part[found.dominating]
+    why = f" ({_WHY[name]})" if name in _WHY else ""
+    return f"{_TITLES[name]}, {_mebibytes(size)}, {_share(size, found)}{why}"
+
+
+def _rows(found: Estimate) -> Iterator[tuple[str, str, str]]:
+    """Name, size and share of each part; like blocks are told once."""
+
+    def row(name: str, size: int) -> tuple[str, str, str]:
+        return name, _mebibytes(size), _share(size, found)
+
+    shown = {name: size for name, size in found.parts.items() if size}
+    after = {name: shown.pop(name) for name in ("final_norm", "logits") if name in shown}
+    for name, size in shown.items():
+        yield row(_TITLES[name], size)
+    first = 1
+    for block, alike in groupby(found.blocks):
+        count = len(list(alike))
+        named = f"block {first}" if count == 1 else f"blocks {first} to {first + count - 1}"
+        each = "" if count == 1 else ", each"
+        yield row(named, count * sum(block.values()))
+        for name, size in block.items():
+            if size:
+                yield f"  {_TITLES[name]}{each}", _mebibytes(size), ""
+        first += count
+    for name, size in after.items():
+        yield row(_TITLES[name], size)
+
+
+def _verdict(found: Report) -> str:
+    available = found.available_bytes
+    if available is None:
+        return "unknown"
+    if found.fits:
+        return f"{compiled.gibibytes(available)}: it fits"
+    return f"too little: {compiled.too_large(found.compiled_bytes, available)}"
+
+
+def _share(size: int, found: Estimate) -> str:
+    return f"{100 * size / found.total_bytes:.0f} %"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
