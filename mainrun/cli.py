@@ -89,7 +89,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from mainrun import trained
 
-    found = trained.load(options.run_dir)
+    found = trained.load(options.run_dir, _overrides(options.words))
     texts = trained.generate_texts(
         found,
         prompt=options.prompt,
@@ -327,7 +327,7 @@ def _generate_words(command: argparse.ArgumentParser) -> None:
         does = f"{does} (default {default})" if default != "" else does
         command.add_argument(name, type=kind, default=default, metavar=metavar, help=does)
 
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    _resume_words(command)
     option("--prompt", str, "", "TEXT", "how each text begins")
     option("--num", _count, 5, "N", "texts")
     option("--max-tokens", _count, 64, "N", "new tokens at most, each")

@@ -15,7 +15,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mainrun import folder, memory, parts, stop, trained
-from mainrun.base import Base
 from mainrun.config import Config
 from mainrun.data import batches, sources, tokenizers
 from mainrun.data.batches import Batch
@@ -23,6 +22,7 @@ from mainrun.environment import write_environment
 from mainrun.errors import Stopped, UserError
 from mainrun.model.generate import generate
 from mainrun.model.gpt import Params, num_parameters
+from mainrun.origin import Base
 from mainrun.parts import Parts, Texts
 from mainrun.summary import resume_command
 from mainrun.tracking import Tracker, open_tracker

@@ -10,13 +10,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mainrun import folder, parts
-from mainrun.base import Base, check_same_architecture, fingerprint
 from mainrun.config import Config
 from mainrun.data import tokenizers
 from mainrun.errors import UserError, one_line
 from mainrun.model import lora
 from mainrun.model.generate import generate
 from mainrun.model.gpt import Gpt, Network, Params
+from mainrun.origin import Base, check_same_architecture, fingerprint
 from mainrun.record import metrics, read_events
 from mainrun.training import backend, evaluate
 from mainrun.training.checkpoint import Checkpoints

@@ -30,7 +30,7 @@ LAYERS = [
     # above this line JAX may be imported
     ["model", "data"],
     ["training"],
-    ["parts", "folder", "base"],
+    ["parts", "folder", "origin"],
     ["trained", "memory"],
     ["run"],
     ["sweep", "export", "analysis"],

@@ -41,7 +41,7 @@ def test_words_and_options_come_in_any_order(capsys: pytest.CaptureFixture) -> N
 def test_unknown_words_are_refused(capsys: pytest.CaptureFixture) -> None:
     assert "no.yaml" in refusal(capsys, "train", "no.yaml")
     assert "one config file" in refusal(capsys, "train", "a.yaml", "b.yaml")
-    for words in (["train", "--dry"], ["generate", "runs/x", "seed=1"], ["resume"]):
+    for words in (["train", "--dry"], ["generate", "runs/x", "--prompts"], ["resume"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(words)
         assert caught.value.code == 2

@@ -7,7 +7,7 @@ holds the two together. `load` makes one frozen `Config` of a file and overrides
 
 from mainrun.config.data import Bpe, Char, Data, Tiktoken, Tokenizer, Unigram, WordPiece
 from mainrun.config.kinds import Duration
-from mainrun.config.load import as_dict, checked, default_config_root, load, notes, to_yaml
+from mainrun.config.load import as_dict, checked, default_config_root, leaves, load, notes, to_yaml
 from mainrun.config.model import (
     Activation,
     AllKeys,

@@ -54,6 +54,15 @@ def as_dict(config: Config) -> dict[str, Any]:
     return typing.cast(dict[str, Any], plain)
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings in nested mappings, each under its dotted path."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        found |= leaves(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return found
+
+
 def to_yaml(config: Config) -> str:
     """A file that `load` reads back to the same config."""
     return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)

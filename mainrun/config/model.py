@@ -177,8 +177,7 @@ class Lora:
     alpha: Positive = 16.0
     dropout: Probability = 0.0
     targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (
-        "attention",
-        "mlp",
+        "all",
     )
 
 

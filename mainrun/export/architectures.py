@@ -7,7 +7,7 @@ has shown (`tests/test_parity.py`) that its numbers come out the same.
 
 import dataclasses
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal, assert_never, get_args
 
 from mainrun import config
@@ -54,7 +54,7 @@ def _obstacles(name: Architecture, model: config.Network) -> list[str]:
     accepted = _accepted(name, model)
     wrong = {
         path: value
-        for path, value in _leaves(dataclasses.asdict(model))
+        for path, value in config.leaves(dataclasses.asdict(model)).items()
         if path not in accepted or value not in accepted[path]
     }
     kinds = [path for path in wrong if path.rpartition(".")[2] == "kind"]
@@ -140,11 +140,3 @@ def _accepted(name: Architecture, model: config.Network) -> Accepted:
             }
         case _:
             assert_never(name)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

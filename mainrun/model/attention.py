@@ -120,10 +120,7 @@ class MultiHeadAttention(nnx.Module):
             mixed = self._next(q, span, cache)
         else:
             mixed = self._whole(q, k, v, scores, span, keys)
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
-        if self.gate is not None:
-            mixed = mixed * jax.nn.sigmoid(self.gate(x, keys))
-        return Attended(self.out(mixed, keys), v, cache)
+        return Attended(joined(mixed, x, keys, gate=self.gate, out=self.out), v, cache)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """For texts of at most `length` tokens."""
@@ -215,6 +212,21 @@ def output_gate(inputs: int, inner: int, init: Initializer, rngs: nnx.Rngs) -> L
     gate = Linear(inputs, inner, init=init, rngs=rngs)
     gate.bias = nnx.Param(jnp.full(inner, _OPEN))
     return gate
+
+
+def joined(
+    heads: Float[Array, "batch heads time dim"],
+    x: Float[Array, "batch time inputs"],
+    keys: DropoutKeys | None,
+    *,
+    gate: Linear | None,
+    out: Linear,
+) -> Float[Array, "batch time outputs"]:
+    """The layer's output from what the heads found; the gate reads `x`, the block's input."""
+    side_by_side = heads.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+    if gate is not None:
+        side_by_side = side_by_side * jax.nn.sigmoid(gate(x, keys))
+    return out(side_by_side, keys)
 
 
 def _reach(settings: config.MultiHead, length: int) -> int:

@@ -5,7 +5,6 @@ one token at a time the up-projections are absorbed into queries and outputs, so
 latent and one shared rotary key are remembered. Same weights, same result.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float
 from mainrun import config
 from mainrun.model import cache as caches
 from mainrun.model import masks
-from mainrun.model.attention import Attended, attend, output_gate
+from mainrun.model.attention import Attended, attend, joined, output_gate
 from mainrun.model.cache import Cache, Span
 from mainrun.model.initializers import Initializer
 from mainrun.model.layers import DropoutKeys, Linear, RmsNorm
@@ -72,10 +71,7 @@ class LatentAttention(nnx.Module):
             mixed = self._absorbed(q, q_rotary, span, cache)
         else:
             mixed = self._explicit(q, q_rotary, latent, k_rotary, span, keys)
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
-        if self.gate is not None:
-            mixed = mixed * jax.nn.sigmoid(self.gate(x, keys))
-        return Attended(self.out(mixed, keys), None, cache)
+        return Attended(joined(mixed, x, keys, gate=self.gate, out=self.out), None, cache)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """For texts of at most `length` tokens: kv_rank + rotary_dim numbers for each."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import yaml
 
@@ -148,19 +147,9 @@ def _make(run_dir: Path | None, name: str, contents: Mapping[str, str]) -> Path:
 
 def _first_difference(one: config.Config, other: config.Config) -> str:
     """The dotted path of a setting that differs."""
-    ours, theirs = _leaves(config.as_dict(one)), _leaves(config.as_dict(other))
+    ours, theirs = (config.leaves(config.as_dict(x)) for x in (one, other))
     return next(
         path
         for path in [*ours, *theirs]
         if path not in ours or path not in theirs or ours[path] != theirs[path]
     )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves

@@ -6,7 +6,7 @@ the base was, which checkpoint of it, and a fingerprint of what that checkpoint 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def fingerprint(params: Mapping[str, Any], beneath: str = "") -> str:
 
 def check_same_architecture(config: Config, base: Config) -> None:
     """Raises UserError that names every setting by which the parameters would not fit."""
-    ours, theirs = dict(_shaping(config)), dict(_shaping(base))
+    ours, theirs = _shaping(config), _shaping(base)
     # What only one of them has belongs to a kind that the other is not: the kinds say it.
     differing = [
         f"{path}={_shown(value)} (the run has {_shown(theirs[path])})"
@@ -77,23 +77,17 @@ def check_same_architecture(config: Config, base: Config) -> None:
         )
 
 
-def _shaping(config: Config) -> Iterator[tuple[str, Any]]:
+def _shaping(config: Config) -> dict[str, Any]:
     """The settings that say which parameters there are, and what their numbers mean."""
     tree = configs.as_dict(config)
-    yield from _leaves({"model": tree["model"], "tokenizer": tree["tokenizer"]})
+    shaping = configs.leaves({"model": tree["model"], "tokenizer": tree["tokenizer"]})
     if config.model.position == "learned":
-        yield "data.context_length", config.data.context_length
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        if path in _FREE:
-            continue
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}.")
-        else:
-            yield path, value
+        shaping["data.context_length"] = config.data.context_length
+    return {
+        path: value
+        for path, value in shaping.items()
+        if not any(path == free or path.startswith(f"{free}.") for free in _FREE)
+    }
 
 
 def _fits(path: str, ours: Any, theirs: Any) -> bool:
