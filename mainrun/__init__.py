@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(run_dir: str | Path, *, checkpoint: Which = "best") -> Trained:
+def load(run_dir: str | Path, *, checkpoint: Which = "best", average: bool = False) -> Trained:
     """A trained run: its `model`, `tokenizer`, `config`, `network` and `params`.
 
-    `checkpoint` is the best by `val/loss` or the newest. Raises `mainrun.errors.UserError` where
-    there is none.
+    `checkpoint` is the best by `val/loss` or the newest; `average` takes the running average of
+    the weights (`training.weight_average`). Raises `mainrun.errors.UserError` where there is none.
     """
     from mainrun import trained  # JAX takes a second to import, and the command need not wait
 
-    return trained.load(Path(run_dir), checkpoint=checkpoint)
+    return trained.load(Path(run_dir), checkpoint=checkpoint, average=average)

@@ -76,7 +76,7 @@ def _resume(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from mainrun import trained
 
-    found = trained.load(options.run_dir, _overrides(options.words))
+    found = trained.load(options.run_dir, _overrides(options.words), average=options.average)
     metrics = trained.evaluate_run(found, options.data)
     if options.json:
         print(json.dumps({"step": found.step, **metrics}))
@@ -89,7 +89,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from mainrun import trained
 
-    found = trained.load(options.run_dir, _overrides(options.words))
+    found = trained.load(options.run_dir, _overrides(options.words), average=options.average)
     texts = trained.generate_texts(
         found,
         prompt=options.prompt,
@@ -110,7 +110,11 @@ def _export(options: argparse.Namespace) -> None:
 
     print(
         export.export(
-            options.run_dir, options.output, format=options.format, checkpoint=options.checkpoint
+            options.run_dir,
+            options.output,
+            format=options.format,
+            checkpoint=options.checkpoint,
+            average=options.average,
         )
     )
 
@@ -262,6 +266,25 @@ def _memory(options: argparse.Namespace) -> None:
     print(json.dumps(memory.as_dict(found)) if options.json else memory.table(found))
 
 
+def _find_lr(options: argparse.Namespace) -> None:
+    from mainrun import config
+
+    path, overrides = _config_and_overrides(options.words)
+    path = path or config.default_config_root() / "base" / "quickstart.yaml"
+    settings = config.load(path, overrides)
+    _tell_all(config.notes(path))
+    from mainrun import learning_rate
+
+    found = learning_rate.find(
+        settings,
+        learning_rate.Ramp(options.min, options.max, options.steps),
+        options.output,
+        name=path.stem,
+        tell=_tell,
+    )
+    print(json.dumps(learning_rate.as_dict(found)) if options.json else " ".join(found.overrides))
+
+
 def _config_and_overrides(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """At most one word is a file; all with a `=` are overrides."""
     files = [word for word in words if "=" not in word]
@@ -291,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
         ("generate", _generate, _generate_words, "text from a run's best checkpoint"),
         ("export", _export, _export_words, "a run's model in a folder for other programs"),
         ("config", _config, _config_words, "print the resolved config"),
+        ("find-lr", _find_lr, _find_lr_words, "the learning rate at which the loss falls fastest"),
         ("memory", _memory, _memory_words, "bytes of a training step, by part and as compiled"),
         ("sweep", _sweep, _sweep_words, "trials of a search space in W&B's format"),
         ("launch", _launch, _launch_words, "a task in its container, cleaned up whatever happens"),
@@ -318,6 +342,7 @@ def _resume_words(command: argparse.ArgumentParser) -> None:
 
 def _evaluate_words(command: argparse.ArgumentParser) -> None:
     _resume_words(command)
+    _average_word(command)
     command.add_argument("--data", metavar="SOURCE", help="another source, all of its documents")
     command.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -328,6 +353,7 @@ def _generate_words(command: argparse.ArgumentParser) -> None:
         command.add_argument(name, type=kind, default=default, metavar=metavar, help=does)
 
     _resume_words(command)
+    _average_word(command)
     option("--prompt", str, "", "TEXT", "how each text begins")
     option("--num", _count, 5, "N", "texts")
     option("--max-tokens", _count, 64, "N", "new tokens at most, each")
@@ -345,6 +371,12 @@ def _export_words(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--output", type=Path, metavar="DIR", required=True, help="a new folder")
     command.add_argument("--checkpoint", choices=("best", "newest"), default="best")
+    _average_word(command)
+
+
+def _average_word(command: argparse.ArgumentParser) -> None:
+    does = "of the running average of the weights (training.weight_average)"
+    command.add_argument("--average", action="store_true", help=does)
 
 
 def _config_words(command: argparse.ArgumentParser, default: str = "base") -> None:
@@ -358,6 +390,19 @@ def _memory_words(command: argparse.ArgumentParser) -> None:
         "--vocab-size", type=_count, metavar="N", help="tokens; default: what the config asks for"
     )
     command.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _find_lr_words(command: argparse.ArgumentParser) -> None:
+    _config_words(command, default="quickstart")
+    for name, kind, default, metavar, does in (
+        ("--min", float, 1e-6, "X", "rate of the first step"),
+        ("--max", float, 1.0, "X", "rate of the last step"),
+        ("--steps", int, 100, "N", "steps; several times as many lower the answer"),
+        ("--output", Path, Path("lr_finder.png"), "FILE", "picture of the losses"),
+    ):
+        does = f"{does} (default {default})"
+        command.add_argument(name, type=kind, default=default, metavar=metavar, help=does)
+    command.add_argument("--json", action="store_true", help="one JSON object, with all losses")
 
 
 def _sweep_words(command: argparse.ArgumentParser) -> None:

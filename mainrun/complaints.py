@@ -19,12 +19,22 @@ def message(
 ) -> str:
     """One line for the first thing wrong with `tree`; `origins` says where each path was set."""
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
-    first = min(error.errors(), key=lambda e: e["type"] not in unknown)
-    return _line(first, schema, tree, origins)
+    errors = error.errors()
+    path = _dotted(min(errors, key=lambda e: e["type"] not in unknown)["loc"], tree)
+    # Of a union, pydantic tells what each alternative has against the value: words go last.
+    of_path = [e for e in errors if _dotted(e["loc"], tree) == path]
+    of_path.sort(key=lambda e: (e["type"] not in unknown, e["type"] == "literal_error"))
+    return _line(of_path, path, schema, tree, origins)
 
 
-def _line(error: Any, schema: type, tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
-    path = _dotted(error["loc"], tree)
+def _line(
+    errors: Sequence[Any],
+    path: str,
+    schema: type,
+    tree: Mapping[str, Any],
+    origins: Mapping[str, str],
+) -> str:
+    error = errors[0]
     place = _place([path], origins)
     given, context = error["input"], error.get("ctx", {})
     match error["type"]:
@@ -45,8 +55,17 @@ def _line(error: Any, schema: type, tree: Mapping[str, Any], origins: Mapping[st
                 return f"{path}.kind={_show(given.get('kind'))}: accepted are {kinds}{place}"
             expected = f"a mapping of settings is expected, whose `kind` is one of {kinds}"
             return f"{path}={_show(given)}: {expected}{place}"
+        case "missing":
+            return f"{path} is missing{place}"
         case _:
-            return f"{path}={_show(given)}: {_expectation(error)}{place}"
+            return f"{path}={_show(given)}: {_expectations(errors)}{place}"
+
+
+def _expectations(errors: Sequence[Any]) -> str:
+    """What would be accepted, by each alternative: `a whole number or 'auto' is expected`."""
+    first, *others = dict.fromkeys(_expectation(error) for error in errors)
+    accepted, suffix, _ = first.partition(" is expected")
+    return " or ".join([accepted, *(o.removesuffix(" is expected") for o in others)]) + suffix
 
 
 def _expectation(error: Any) -> str:
@@ -65,6 +84,7 @@ def _expectation(error: Any) -> str:
         "string_too_short": "must not be empty",
         "dataclass_type": "a mapping of settings is expected",
         "tuple_type": "a list is expected",
+        "literal_error": "{expected} is expected",
     }
     return words.get(error["type"], error["msg"][:1].lower() + error["msg"][1:]).format(**context)
 
@@ -91,7 +111,7 @@ def _dotted(loc: Sequence[str | int], tree: Any) -> str:
     for part in loc:
         if isinstance(tree, Mapping) and part in tree:
             tree = tree[part]
-        elif isinstance(tree, Mapping) and (tree.get("kind") == part or "-" in str(part)):
+        elif isinstance(tree, Mapping) and (tree.get("kind") == part or not _is_name(part)):
             continue
         elif isinstance(tree, (list, tuple)) and isinstance(part, int):
             tree = tree[part]
@@ -99,6 +119,11 @@ def _dotted(loc: Sequence[str | int], tree: Any) -> str:
             continue  # the branch of `int | None` that was tried
         parts.append(str(part))
     return ".".join(parts)
+
+
+def _is_name(part: str | int) -> bool:
+    """Whether it can be a setting's: `constrained-int` and `literal['auto']` are branches."""
+    return not re.search(r"[-\[]", str(part))
 
 
 def _nearest(path: str, schema: type) -> str:
@@ -111,7 +136,8 @@ def _nearest(path: str, schema: type) -> str:
         kinds = ", ".join(kind for cls in owners for kind in kinds_of(cls))
         return f": it belongs to {parent}.kind={kinds}"
     known = list(all_paths(schema))
-    siblings = [p for p in known if p.rpartition(".")[0] == parent]
+    beside = (name for cls in _classes_at(parent, schema) for name in _field_names(cls))
+    siblings = [f"{parent}.{name}" if parent else name for name in dict.fromkeys(beside)]
     close = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
     elsewhere = [p for p in known if p.rpartition(".")[2] == name]
     by_name = {p.rpartition(".")[2]: p for p in known}
@@ -149,14 +175,22 @@ def _classes_at(path: str, schema: type) -> list[type]:
     """Those that may stand at the path, whatever kinds are chosen above it."""
     found = [schema]
     for name in path.split(".") if path else ():
-        hints = [typing.get_type_hints(cls, include_extras=True) for cls in found]
-        inner = (cls for hint in hints for cls in dataclasses_in(hint.get(name)))
+        if name.isdigit():  # a place in a list: what may stand there was found with its name
+            continue
+        hints = [typing.get_type_hints(cls, include_extras=True).get(name) for cls in found]
+        inner = (cls for hint in hints for cls in (*dataclasses_in(hint), *_listed(hint)))
         found = list(dict.fromkeys(inner))
     return found
 
 
-def _field_names(cls: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
+def _listed(annotation: Any) -> list[type]:
+    """The classes of settings that a list may hold."""
+    is_list = typing.get_origin(annotation) is tuple
+    return [c for arg in typing.get_args(annotation) for c in dataclasses_in(arg)] * is_list
+
+
+def _field_names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _show(value: Any) -> str:

@@ -24,7 +24,18 @@ from mainrun.record import read_events
 
 BASE = "base.json"
 
-_FIXED = ("seed", "data", "tokenizer", "model", "optimizer.kind", "training.batch_size")
+_FIXED = (
+    "seed",
+    "data",
+    "tokenizer",
+    "model",
+    "optimizer.kind",
+    "optimizer.momentum",
+    "optimizer.moment_dtype",
+    "optimizer.min_size_to_factor",
+    "training.batch_size",
+    "training.weight_average",
+)
 """What a resumed run cannot change: weights, moments and the order of the data depend on it."""
 
 
@@ -128,7 +139,8 @@ def _names(root: Path, name: str) -> Iterator[Path]:
 
 
 def _setting(config: Config, path: str) -> object:
+    """None where the kind that was chosen has no such setting."""
     value: object = config
     for part in path.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     return value

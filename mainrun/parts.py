@@ -9,15 +9,19 @@ from dataclasses import dataclass, replace
 import optax
 from tokenizers import Tokenizer
 
-from mainrun.config import Config, Tiktoken
+from mainrun.config import Config, Swa, Tiktoken, WeightAverage
 from mainrun.data import batches, sources, tokenizers
-from mainrun.data.batches import Windows
+from mainrun.data.batches import Batch, Windows
 from mainrun.errors import UserError
-from mainrun.model.gpt import Network
-from mainrun.training import backend
+from mainrun.model.gpt import Network, Params
+from mainrun.training import backend, step
 from mainrun.training import optimizer as optimizers
+from mainrun.training import schedule as schedules
+from mainrun.training.averaging import EVERY_UPDATE, Samples
 from mainrun.training.evaluate import Text
 from mainrun.training.loop import Plan
+from mainrun.training.optimizer import Optimizer
+from mainrun.training.step import TrainState, TrainStep
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,8 @@ class Parts:
     texts: Texts
     network: Network
     learning_rate: optax.Schedule
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
+    samples: Samples  # that an average of weights takes
     plan: Plan
     steps_per_epoch: int
     micro_batches: int
@@ -105,9 +110,13 @@ def assemble(config: Config, texts: Texts) -> Parts:
     """Network, optimizer and plan for these texts."""
     training = config.training
     steps_per_epoch = batches.steps_per_epoch(texts.train, training.batch_size)
-    total_steps = optimizers.num_steps(training, steps_per_epoch)
-    lengths = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-    learning_rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate, **lengths)
+    total_steps = schedules.num_steps(training, steps_per_epoch)
+    lengths = {
+        "total_steps": total_steps,
+        "steps_per_epoch": steps_per_epoch,
+        "tokens_per_step": training.batch_size * config.data.context_length,
+    }
+    learning_rate = schedules.schedule(config.schedule, config.optimizer.learning_rate, **lengths)
     evals = training.evals_per_epoch
     return Parts(
         texts=texts,
@@ -119,19 +128,66 @@ def assemble(config: Config, texts: Texts) -> Parts:
             eval_every=max(1, steps_per_epoch // evals) if evals else None,
             checkpoint_every=max(1, training.checkpoint.every.in_steps(**lengths)),
             log_every=config.tracking.log_every,
-            tokens_per_step=training.batch_size * config.data.context_length,
+            tokens_per_step=lengths["tokens_per_step"],
+            patience=training.patience,
+            divergence=training.divergence,
+            limit_at_min_scale=training.loss_scale.limit_at_min,
+            scales_loss=training.precision == "float16",
         ),
+        samples=_samples(training.weight_average, lengths),
         steps_per_epoch=steps_per_epoch,
         micro_batches=num_micro_batches(config),
     )
 
 
+def train_step(config: Config, joined: Parts) -> TrainStep:
+    """The step of these parts, not yet compiled."""
+    return step.make_train_step(
+        joined.network,
+        joined.optimizer,
+        joined.learning_rate,
+        config.training,
+        micro_batches=joined.micro_batches,
+        mask_documents=config.data.mask_documents,
+        samples=joined.samples,
+    )
+
+
+def initial_state(config: Config, joined: Parts, base: Params | None) -> TrainState:
+    """The state before the first step, on the base's parameters where there is one."""
+    return step.init(joined.network, joined.optimizer, config.seed, config.training, base)
+
+
+def batch(config: Config, texts: Texts, index: int) -> Batch:
+    """That of step `index`, counted from 0; epochs follow one another without end."""
+    return batches.batch(
+        texts.train,
+        index,
+        batch_size=config.training.batch_size,
+        order=config.data.order,
+        seed=config.seed,
+    )
+
+
+def _samples(settings: WeightAverage | None, lengths: dict[str, int]) -> Samples:
+    """The updates after which an average of samples takes one; raises nothing, has at least one."""
+    match settings:
+        case Swa(start=start, every=every):
+            return Samples(
+                min(max(1, start.in_steps(**lengths)), lengths["total_steps"]),
+                max(1, every.in_steps(**lengths)),
+            )
+        case _:
+            return EVERY_UPDATE
+
+
 def num_micro_batches(config: Config) -> int:
     """Pieces that a batch is computed in, in training and in evaluation."""
+    asked = config.training.grad_accumulation  # auto: a run has settled it before (`memory`)
     return backend.micro_batches(
         config.training.batch_size,
         config.data.context_length,
-        at_least=config.training.grad_accumulation,
+        at_least=1 if asked == "auto" else asked,
     )
 
 

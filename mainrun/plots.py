@@ -11,7 +11,7 @@ from typing import Any
 from mainrun.record import Row, metrics, read_events
 from mainrun.summary import by_loss, last_event, median, warm_rows
 
-_TRAIN, _VALIDATION, _RAW = "#2a6fbb", "#d9541e", "#b9cfe8"
+TRAIN, VALIDATION, RAW = "#2a6fbb", "#d9541e", "#b9cfe8"
 _RAW_POINTS = 4000  # more than an image has columns to show
 
 
@@ -29,14 +29,12 @@ def write_plots(run_dir: Path) -> None:
 
 
 def _plot_loss(path: Path, name: str, rows: Sequence[Row]) -> None:
-    figure, (per_token, per_character) = _figure(name, panels=2)
+    figure, (per_token, per_character) = new_figure(name, panels=2)
     steps, losses = _series(rows, "train/loss")
-    per_token.plot(*_thinned(steps, losses), color=_RAW, linewidth=0.6)
-    per_token.plot(
-        steps, _smoothed(losses), color=_TRAIN, linewidth=1.6, label="training, smoothed"
-    )
+    per_token.plot(*_thinned(steps, losses), color=RAW, linewidth=0.6)
+    per_token.plot(steps, _smoothed(losses), color=TRAIN, linewidth=1.6, label="training, smoothed")
     steps, losses = _series(rows, "val/nats_per_token")
-    style = {"color": _VALIDATION, "marker": "o", "markersize": 4, "linewidth": 1.2}
+    style = {"color": VALIDATION, "marker": "o", "markersize": 4, "linewidth": 1.2}
     if len(steps):
         per_token.plot(steps, losses, label="validation", **style)
     _label(per_token, "Loss per token", "nats per token")
@@ -54,7 +52,7 @@ def _plot_loss(path: Path, name: str, rows: Sequence[Row]) -> None:
             steps,
             losses - errors,
             losses + errors,
-            color=_VALIDATION,
+            color=VALIDATION,
             alpha=0.25,
             linewidth=0,
             label="± 1 standard error",
@@ -75,22 +73,22 @@ def _plot_loss(path: Path, name: str, rows: Sequence[Row]) -> None:
 
 
 def _plot_learning_rate(path: Path, name: str, rows: Sequence[Row]) -> None:
-    figure, (axes,) = _figure(name, panels=1)
-    axes.plot(*_series(rows, "optimizer/learning_rate"), color=_TRAIN, linewidth=1.6)
+    figure, (axes,) = new_figure(name, panels=1)
+    axes.plot(*_series(rows, "optimizer/learning_rate"), color=TRAIN, linewidth=1.6)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     _label(axes, "Learning rate", "learning rate")
     figure.savefig(path)
 
 
 def _plot_throughput(path: Path, name: str, rows: Sequence[Row]) -> None:
-    figure, (axes,) = _figure(name, panels=1)
+    figure, (axes,) = new_figure(name, panels=1)
     steps, speeds = _series(rows, "perf/tokens_per_second")
-    axes.plot(*_thinned(steps, speeds), color=_RAW, linewidth=0.6)
-    axes.plot(steps, _smoothed(speeds), color=_TRAIN, linewidth=1.6, label="smoothed")
+    axes.plot(*_thinned(steps, speeds), color=RAW, linewidth=0.6)
+    axes.plot(steps, _smoothed(speeds), color=TRAIN, linewidth=1.6, label="smoothed")
     middle = median(rows, "perf/tokens_per_second")
     if middle is not None:
         label = f"median {middle:,.0f}"
-        axes.axhline(middle, color=_VALIDATION, linewidth=1, linestyle="--", label=label)
+        axes.axhline(middle, color=VALIDATION, linewidth=1, linestyle="--", label=label)
         axes.legend(frameon=False)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -98,7 +96,8 @@ def _plot_throughput(path: Path, name: str, rows: Sequence[Row]) -> None:
     figure.savefig(path)
 
 
-def _figure(name: str, *, panels: int) -> tuple[Any, Any]:
+def new_figure(name: str, *, panels: int) -> tuple[Any, Any]:
+    """A figure under this name, and its axes side by side."""
     from matplotlib.figure import Figure  # without pyplot: no window, nothing global
 
     figure = Figure(figsize=(5.2 * panels, 3.8), dpi=150, layout="constrained")
@@ -107,14 +106,19 @@ def _figure(name: str, *, panels: int) -> tuple[Any, Any]:
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _label(axes: Any, title: str, unit: str) -> None:
+def label_axes(axes: Any, title: str, *, x: str, y: str) -> None:
+    """Title and units, and a grid behind what is drawn."""
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(unit)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(axes: Any, title: str, unit: str) -> None:
+    label_axes(axes, title, x="optimizer step", y=unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _series(rows: Iterable[Row], name: str) -> tuple[Any, Any]:

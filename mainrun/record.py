@@ -25,7 +25,7 @@ Row = dict[str, Number]
 WALL_CLOCK = ("perf/", "val/seconds", "elapsed_seconds")
 """Columns that begin so depend on the machine's clock; all others a resumed run has alike."""
 
-_GROUPS = ("train/", "val/", "optimizer/", "precision/", "noise/", "perf/")
+_GROUPS = ("train/", "val/", "val_average/", "optimizer/", "precision/", "noise/", "perf/")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -153,8 +153,8 @@ def _is_metric(name: str) -> bool:
 def columns(names: Iterable[str]) -> list[str]:
     """The order of a table's columns, whatever order the metrics came in.
 
-    `step`; then train, val, optimizer, precision, noise, perf and other metrics, by alphabet in
-    each group; `elapsed_seconds` last.
+    `step`; then train, val, val_average, optimizer, precision, noise, perf and other metrics, by
+    alphabet in each group; `elapsed_seconds` last.
     """
 
     def rank(name: str) -> tuple[int, str]:

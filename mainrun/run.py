@@ -6,8 +6,9 @@ are opened and closed. Whatever the user got wrong is found before the folder is
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,17 +17,17 @@ from tokenizers import Tokenizer
 
 from mainrun import folder, memory, parts, stop, trained
 from mainrun.config import Config
-from mainrun.data import batches, sources, tokenizers
+from mainrun.data import sources, tokenizers
 from mainrun.data.batches import Batch
 from mainrun.environment import write_environment
-from mainrun.errors import Stopped, UserError
+from mainrun.errors import RunFailed, Stopped, UserError, one_line
 from mainrun.model.generate import generate
 from mainrun.model.gpt import Params, num_parameters
 from mainrun.origin import Base
 from mainrun.parts import Parts, Texts
 from mainrun.summary import resume_command
 from mainrun.tracking import Tracker, open_tracker
-from mainrun.training import backend, evaluate, step
+from mainrun.training import backend, evaluate
 from mainrun.training.checkpoint import Checkpoints, Progress, Restored
 from mainrun.training.loop import fit
 from mainrun.training.step import TrainState, TrainStep
@@ -53,6 +54,7 @@ def train(config: Config, run_dir: Path | None, name: str, *, command: Sequence[
     config = _with_pinned_data(config)
     base = _load_base(config)
     texts = _read_texts(config, base.tokenizer if base else None)
+    config = memory.settled(config, texts.tokenizer.get_vocab_size())
     # Only now: until there is something to save, a signal simply ends the process.
     with stop.listening() as stopping:
         joined, compiled = _assemble(config, texts, base)
@@ -92,6 +94,7 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
             f"data.source={config.data.source} is not what the run was trained on (fingerprint "
             f"{texts.fingerprint[:12]}, not {trained_on[:12]}): resume with the data it had"
         )
+    config = memory.settled(config, texts.tokenizer.get_vocab_size())
     with stop.listening() as stopping:
         joined, compiled = _assemble(config, texts, base)
         restored, damaged = _newest(run_dir, _restorable(config, joined, base))
@@ -125,6 +128,7 @@ def dry_run(config: Config) -> str:
     """Everything up to the first step; a report of what a run would be and need."""
     base = _load_base(config)
     texts = _read_texts(config, base.tokenizer if base else None)
+    config = memory.settled(config, texts.tokenizer.get_vocab_size())
     joined, compiled = _assemble(config, texts, base)
     plan = joined.plan
     shapes = _initial_shapes(config, joined, base)
@@ -208,22 +212,16 @@ class _Run:
             raise
 
     def batch(self, index: int) -> Batch:
-        return batches.batch(
-            self._parts.texts.train,
-            index,
-            batch_size=self._config.training.batch_size,
-            order=self._config.data.order,
-            seed=self._config.seed,
-        )
+        return parts.batch(self._config, self._parts.texts, index)
 
     def evaluate(self, state: TrainState) -> float:
         started, number = time.perf_counter(), int(state.step)
-        text, batch_size = self._parts.texts.validation, self._config.training.batch_size
-        scored = evaluate.score(
-            self._score_batch, state.all_params, text.windows, batch_size, self._stopping.check
-        )
-        context_length = self._config.data.context_length
-        found = evaluate.metrics(scored, text, batch_size=batch_size, context_length=context_length)
+        found = self._scored(state.all_params)
+        if state.average:
+            averaged = self._scored(state.all_averaged)
+            found |= {
+                name.replace("val/", "val_average/"): value for name, value in averaged.items()
+            }
         seconds = {"val/seconds": time.perf_counter() - started}
         samples = self._samples(state)
         self._stopping.check()
@@ -232,13 +230,31 @@ class _Run:
             self._tracker.log("samples", number, texts=samples)
         return found["val/loss"]
 
+    def _scored(self, params: Params) -> dict[str, float]:
+        """The `val/` metrics of these parameters."""
+        text, batch_size = self._parts.texts.validation, self._config.training.batch_size
+        scored = evaluate.score(
+            self._score_batch, params, text.windows, batch_size, self._stopping.check
+        )
+        context_length = self._config.data.context_length
+        return evaluate.metrics(scored, text, batch_size=batch_size, context_length=context_length)
+
     def save(self, state: TrainState, progress: Progress, *, best: bool) -> None:
         number = int(state.step)
         self._saved.save(number, state, progress)
         self._tracker.log("checkpoint", number, best=best, path=f"checkpoints/{number}")
 
-    def log_step(self, number: int, metrics: dict[str, float]) -> None:
-        self._tracker.log("train_step", number, **metrics)
+    def saved(self, number: int, like: TrainState) -> TrainState:
+        self._saved.wait()
+        try:
+            return self._saved.restore(number, like)[0]
+        except Exception as error:  # damage has many shapes
+            raise RunFailed(
+                f"the checkpoint of step {number}, to go back to, is damaged: {one_line(error)}"
+            ) from error
+
+    def log(self, event: str, number: int, fields: Mapping[str, float | str]) -> None:
+        self._tracker.log(event, number, **fields)
 
     def stop_requested(self) -> bool:
         return self._stopping.requested()
@@ -299,16 +315,9 @@ def _with_pinned_data(config: Config) -> Config:
 
 def _compile(config: Config, joined: Parts, base: Base | None) -> Compiled:
     started = time.perf_counter()
-    train_step = step.make_train_step(
-        joined.network,
-        joined.optimizer,
-        joined.learning_rate,
-        micro_batches=joined.micro_batches,
-        mask_documents=config.data.mask_documents,
-    )
+    train_step = parts.train_step(config, joined)
     state = _initial_shapes(config, joined, base)
-    rows = np.zeros(config.training.batch_size, np.int64)
-    batch = batches.take(joined.texts.train, rows)
+    batch = parts.batch(config, joined.texts, 0)
     executable = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
     return Compiled(
         executable,
@@ -335,7 +344,7 @@ def _restorable(config: Config, joined: Parts, base: Base | None) -> TrainState:
 
 
 def _make_state(config: Config, joined: Parts) -> Callable[[Params | None], TrainState]:
-    return lambda base: step.init(joined.network, joined.optimizer, config.seed, base)
+    return partial(parts.initial_state, config, joined)
 
 
 def _say(text: str) -> None:

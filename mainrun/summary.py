@@ -70,6 +70,7 @@ def summary(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str, Any
         "compile_seconds": started.get("compile_seconds"),
         "training_seconds": _training_seconds(rows),
         "total_seconds": _total_seconds(events),
+        "noise": _noise(run_dir, rows),
         "tokens_per_second": median(warm_rows(events, rows), "perf/tokens_per_second"),
         "peak_memory_bytes": max((row.get("perf/peak_memory_bytes", 0) for row in rows), default=0)
         or None,
@@ -169,14 +170,31 @@ def _tokens_seen(run_dir: Path, started: Mapping[str, Any], steps: int) -> int |
     A step reads batch × context places. Packing whole documents leaves some of them empty: an
     epoch has no more tokens than the training split.
     """
-    try:
-        settings = config.load(run_dir / "config.yaml")
-    except (OSError, UserError):
-        return None
-    if not {"train_tokens", "steps_per_epoch"} <= started.keys():
+    settings = _settings(run_dir)
+    if settings is None or not {"train_tokens", "steps_per_epoch"} <= started.keys():
         return None
     places = steps * settings.training.batch_size * settings.data.context_length
     return min(places, round(started["train_tokens"] * steps / started["steps_per_epoch"]))
+
+
+def _noise(run_dir: Path, rows: Sequence[Row]) -> dict[str, Number] | None:
+    """The last gradient noise scale, and the batch of as many tokens beside the one that was."""
+    known = [row["noise/scale_tokens"] for row in rows if "noise/scale_tokens" in row]
+    settings = _settings(run_dir)
+    if settings is None or not known:
+        return None
+    return {
+        "scale_tokens": known[-1],
+        "suggested_batch_size": max(1, round(known[-1] / settings.data.context_length)),
+        "batch_size": settings.training.batch_size,
+    }
+
+
+def _settings(run_dir: Path) -> config.Config | None:
+    try:
+        return config.load(run_dir / "config.yaml")
+    except (OSError, UserError):
+        return None
 
 
 def _training_seconds(rows: Iterable[Row]) -> Number:
@@ -250,6 +268,10 @@ def details(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> l
         ("time training", duration(result["training_seconds"])),
         ("time in all", duration(result["total_seconds"])),
         ("peak memory", _bytes(result["peak_memory_bytes"])),
+        ("gradient noise scale", _noise_words(result["noise"])),
+        ("stopped early", _early(events)),
+        ("steps skipped", _at_steps(events, "step_skipped")),
+        ("returns to a checkpoint", _at_steps(events, "went_back")),
         ("device", escaped(result["device"])),
         ("precision", escaped(result["precision"])),
         ("Weights & Biases", _wandb(result, events)),
@@ -260,8 +282,42 @@ def details(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> l
         parts.append(chart)
     if evaluations := _shown([row for row in rows if "val/loss" in row]):
         header = ["step", "val/loss, nats/char", "±", "nats/token", "perplexity", "bits/byte"]
-        parts += ["## Evaluations", table(header, map(_evaluation, evaluations))]
+        if any("val_average/loss" in row for row in evaluations):
+            header.append("val_average/loss")
+        parts += [
+            "## Evaluations",
+            table(header, (_evaluation(r)[: len(header)] for r in evaluations)),
+        ]
     return [*parts, *_samples(events)]
+
+
+def _noise_words(noise: Mapping[str, Number] | None) -> str:
+    """The batch at which steps and tokens are each about twice the least there could be.
+
+    McCandlish et al. 2018 (arXiv:1812.06162), section 2.3.
+    """
+    if noise is None:
+        return ""
+    return (
+        f"{noise['scale_tokens']:,.0f} tokens, a batch of about {noise['suggested_batch_size']:,} "
+        f"sequences (here {noise['batch_size']:,}): a smaller one needs more steps, a larger one "
+        "more tokens"
+    )
+
+
+def _early(events: Sequence[Mapping[str, Any]]) -> str:
+    """Where that was; nothing where a later process has gone on."""
+    event = last_event(events, "stopped_early")
+    later = any(e["event"] == "train_step" and e["step"] > event["step"] for e in events if event)
+    if not event or later:
+        return ""
+    return f"at step {event['step']:,}, no better since {event['best_step']:,}"
+
+
+def _at_steps(events: Iterable[Mapping[str, Any]], name: str) -> str:
+    """How many steps were so; a step that was walked again after a resume counts once."""
+    number = len({event["step"] for event in events if event["event"] == name})
+    return f"{number:,}; events.jsonl says why" if number else ""
 
 
 def _wandb(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
@@ -320,6 +376,7 @@ def _evaluation(row: Row) -> list[str]:
         "val/nats_per_token": ".4f",
         "val/perplexity": ",.2f",
         "val/bits_per_byte": ".4f",
+        "val_average/loss": ".4f",
     }
     cells = (format(row[name], spec) if name in row else "" for name, spec in formats.items())
     return [f"{row['step']:,}", *cells]

@@ -60,12 +60,19 @@ def load(
     *,
     checkpoint: Which = "best",
     step: int | None = None,
+    average: bool = False,
 ) -> Trained:
     """The best checkpoint by `val/loss`, or the newest, or that of a step.
 
-    Without any evaluation the newest is the best. Raises UserError where there is none.
+    `average` takes the average of the weights, best by its own loss. Without any evaluation the
+    newest is the best. Raises UserError where there is none.
     """
     config = folder.stored_config(run_dir, overrides)
+    if average and config.training.weight_average is None:
+        raise UserError(
+            f"{run_dir} keeps no average of its weights: train with "
+            "training.weight_average.kind=ema"
+        )
     backend.prepare()
     tokenizer = tokenizers.load(run_dir / "tokenizer.json")
     network = parts.build_network(config, tokenizer)
@@ -83,13 +90,14 @@ def load(
             raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")
         remedy = "remove it to use another"
         if step is None:
-            step = _best(run_dir, kept) if checkpoint == "best" else kept[-1]
+            loss = "val_average/loss" if average else "val/loss"
+            step = _best(run_dir, kept, loss) if checkpoint == "best" else kept[-1]
         else:
             remedy = f"nothing else will do, and there are {', '.join(map(str, kept))}"
             if step not in kept:
                 raise UserError(f"{run_dir} no longer has its checkpoint of step {step}: {remedy}")
         try:
-            params = saved.restore_params(step, like)
+            params = saved.restore_params(step, like, average=average)
         except Exception as error:  # damage has many shapes
             raise UserError(
                 f"{run_dir}/checkpoints/{step} is damaged ({one_line(error)}): {remedy}"
@@ -170,11 +178,11 @@ def _base(run_dir: Path, step: int | None) -> Base:
     )
 
 
-def _best(run_dir: Path, kept: list[int]) -> int:
+def _best(run_dir: Path, kept: list[int], loss: str) -> int:
     losses = {
-        int(row["step"]): row["val/loss"]
+        int(row["step"]): row[loss]
         for row in metrics(read_events(run_dir / "events.jsonl"))
-        if "val/loss" in row and row["step"] in kept
+        if loss in row and row["step"] in kept
     }
     return min(losses, key=lambda s: losses[s]) if losses else kept[-1]
 

@@ -32,7 +32,7 @@ LAYERS = [
     ["training"],
     ["parts", "folder", "origin"],
     ["trained", "memory"],
-    ["run"],
+    ["run", "learning_rate"],
     ["sweep", "export", "analysis"],
     ["cli"],
     ["__main__"],

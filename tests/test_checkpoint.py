@@ -10,17 +10,32 @@ import pytest
 
 from mainrun.errors import RunFailed
 from mainrun.training.checkpoint import Checkpoints, Progress
+from mainrun.training.divergence import Guard
+from mainrun.training.noise import Noise
+from mainrun.training.precision import LossScale
 from mainrun.training.step import TrainState
 
 
 def state(step: int) -> TrainState:
     draw = np.random.default_rng(step)
+
+    def count() -> jax.Array:
+        return jnp.asarray(draw.integers(1000), jnp.int32)
+
+    def number() -> jax.Array:
+        return jnp.asarray(draw.normal(), jnp.float32)
+
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
+        updates=count(),
         params={"a.kernel": jnp.asarray(draw.normal(size=(3, 4)), jnp.float32)},
         opt_state=({"mu": jnp.asarray(draw.normal(size=5), jnp.bfloat16)}, jnp.asarray(step)),
         key=jnp.array([step, 2**31 + step], jnp.uint32),
         frozen={},
+        average={"a.kernel": jnp.asarray(draw.normal(size=(3, 4)), jnp.float32)},
+        loss_scale=LossScale(number(), count(), count(), count()),
+        guard=Guard(count(), count(), count(), number(), number()),
+        noise=Noise(number(), number()),
     )
 
 
@@ -57,11 +72,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         assert saved.steps() == [3, 6, 7]
 
 
-def test_parameters_can_be_read_alone(tmp_path: Path) -> None:
+def test_parameters_and_their_average_can_be_read_alone(tmp_path: Path) -> None:
     save(tmp_path, range(1, 2))
     with Checkpoints(tmp_path, keep=2) as saved:
         params = saved.restore_params(1, ABSTRACT.params)
+        average = saved.restore_params(1, ABSTRACT.params, average=True)
     np.testing.assert_array_equal(params["a.kernel"], state(1).params["a.kernel"])
+    np.testing.assert_array_equal(average["a.kernel"], state(1).average["a.kernel"])
 
 
 def test_the_state_may_change_while_it_is_being_written(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def commented(text: str) -> Iterator[str]:
     """The mappings in comments, from a `kind` or a name to the next at the same depth."""
     blocks: list[tuple[str, list[str]]] = []
     for line in text.splitlines():
-        begins = re.match(r"( *)# (?:kind: \w+|lora:)", line)
+        begins = re.match(r"( *)# (?:kind: \w+|lora:|weight_average:)", line)
         if begins:
             blocks.append((f"{begins[1]}# ", []))
         if blocks and line.startswith(blocks[-1][0]):
@@ -223,8 +223,30 @@ def test_what_an_architecture_adds_is_printed_beside_its_width() -> None:
         assert list(model)[: 2 + len(own)] == ["kind", "d_model", *own]
 
 
-def test_a_new_unit_replaces_the_old_duration() -> None:
-    assert config.load(None, ["schedule.warmup.steps=3"]).schedule.warmup.steps == 3
+@pytest.mark.parametrize("unit", ["steps", "epochs", "tokens", "fraction"])
+def test_a_new_unit_replaces_the_old_duration(unit: str) -> None:
+    loaded = config.load(None, [f"schedule.warmup.{unit}=1"])
+    assert loaded.schedule.warmup == config.Duration(**{unit: 1})
+    assert config.as_dict(loaded)["schedule"]["warmup"] == {unit: 1}
+
+
+def test_groups_of_parameters_are_read_printed_and_read_again(tmp_path: Path) -> None:
+    text = "optimizer: {groups: [{parameters: '*embedding*', learning_rate_factor: 0.5}]}\n"
+    loaded = config.load(
+        write(tmp_path / "my.yaml", text), ["optimizer.kind=lion", "optimizer.weight_decay=0"]
+    )
+    assert loaded.optimizer == config.Lion(weight_decay=0.0)  # of another kind, nothing is left
+    loaded = config.load(tmp_path / "my.yaml")
+    assert loaded.optimizer.groups == (
+        config.Group(parameters="*embedding*", learning_rate_factor=0.5, weight_decay=None),
+    )
+    again = write(tmp_path / "again.yaml", config.to_yaml(loaded))
+    assert config.load(again) == loaded
+
+
+def test_r_drop_goes_with_dropout() -> None:
+    loaded = config.load(None, ["training.regularization.r_drop=0.5", "model.dropout=0.2"])
+    assert loaded.training.regularization == config.Regularization(r_drop=0.5)
 
 
 def test_children_state_differences_and_parents_may_lie_elsewhere(tmp_path: Path) -> None:
@@ -236,10 +258,23 @@ def test_children_state_differences_and_parents_may_lie_elsewhere(tmp_path: Path
 
 
 def test_durations_are_steps_whatever_their_unit() -> None:
-    lengths = {"total_steps": 200, "steps_per_epoch": 30}
+    lengths = {"total_steps": 200, "steps_per_epoch": 30, "tokens_per_step": 4096}
     assert config.Duration(steps=5).in_steps(**lengths) == 5
     assert config.Duration(epochs=1.5).in_steps(**lengths) == 45
+    assert config.Duration(tokens=28_672).in_steps(**lengths) == 7
     assert config.Duration(fraction=0.1).in_steps(**lengths) == 20
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(0, 0), (149, 1), (151, 2), (249, 2), (251, 3)])
+def test_tokens_are_rounded_to_the_nearest_step(tokens: int, steps: int) -> None:
+    lengths = {"total_steps": 9, "steps_per_epoch": 9, "tokens_per_step": 100}
+    assert config.Duration(tokens=tokens).in_steps(**lengths) == steps
+
+
+OPTIMIZERS = (
+    "'sgd', 'adam', 'adamw', 'adagrad', 'rmsprop', 'adafactor', 'lion', 'muon', "
+    "'schedule_free_adamw'"
+)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +283,6 @@ def test_durations_are_steps_whatever_their_unit() -> None:
         ("model.dmodel=64", "did you mean `model.d_model`?"),
         ("d_model=64", "did you mean `model.d_model`?"),
         ("optimiser.kind=sgd", "did you mean `optimizer`"),
-        ("optimizer.momentum=0.9", "unknown setting `optimizer.momentum`"),
         ("training.checkpoint.every={steps:7}", "write `steps: 7` with a space"),
         ("zzz=1", "the top level has seed, data"),
         ("model.d_model=abc", "model.d_model='abc': a whole number is expected"),
@@ -258,7 +292,7 @@ def test_durations_are_steps_whatever_their_unit() -> None:
         ("model.dropout=1", "must be less than 1"),
         ("optimizer.learning_rate=.nan", "a finite number is expected"),
         ("data.packing=bins", "accepted are 'stream' or 'documents'"),
-        ("optimizer.kind=adamax", "accepted are 'sgd', 'adamw'"),
+        ("optimizer.kind=adamax", f"optimizer.kind='adamax': accepted are {OPTIMIZERS} (command"),
         ("training=3", "a mapping of settings is expected"),
         ("tracking.tags=x", "a list is expected"),
         ("schedule.warmup={steps: 1, epochs: 2}", "exactly one of"),
@@ -268,11 +302,13 @@ def test_durations_are_steps_whatever_their_unit() -> None:
         ("=1", "write key.path=value"),
         ("seed={", "not a YAML value"),
         ("tracking.name=[1]", "tracking.name=[1]: text is expected"),
-        ("optimizer=sgd", "optimizer='sgd': a mapping of settings is expected, whose `kind` is"),
-        ("optimizer.kind=null", "optimizer.kind=None: accepted are 'sgd', 'adamw'"),
+        ("optimizer=sgd", "optimizer='sgd': a mapping of settings is expected, whose `kind` is "
+         f"one of {OPTIMIZERS} (command line)"),
+        ("optimizer.kind=null", f"optimizer.kind=None: accepted are {OPTIMIZERS} (command line)"),
         ("model.mlp.kind=silu", "accepted are 'gelu', 'relu', 'relu2', 'swiglu', 'moe'"),
         ("optimizer.momentum=0.9", "unknown setting `optimizer.momentum`: it belongs to "
-         "optimizer.kind=sgd (command line)"),
+         "optimizer.kind=sgd, rmsprop, muon (command line)"),
+        ("optimizer.clip_update_rms=1", "it belongs to optimizer.kind=adafactor (command line)"),
         ("model.attention.pattern.stride=3", "unknown setting `model.attention.pattern`: it "
          "belongs to model.attention.kind=sparse (command line)"),
         ("model.mlp.top_k=3", "`model.mlp.top_k`: it belongs to model.mlp.kind=moe"),
@@ -280,6 +316,53 @@ def test_durations_are_steps_whatever_their_unit() -> None:
         ("model.attention.kv_heads=2", "did you mean `model.attention.num_kv_heads`?"),
         ("model.lora.rank=4", "model.lora trains adapters beside a trained model: name its run "
          "folder in training.init_from (command line)"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate=-1: must be at least 0.0"),
+        ("optimizer.moment_dtype=float16", "accepted are 'float32' or 'bfloat16'"),
+        ("optimizer={kind: muon, learning_rate: 0}", "learning_rate=0: must be greater than 0.0"),
+        ("optimizer={kind: adafactor, decay_exponent: 1}", "decay_exponent=1: must be less than"),
+        ("optimizer={kind: schedule_free_adamw, b1: 0}", "optimizer.b1=0: must be greater than"),
+        ("optimizer.groups=3", "optimizer.groups=3: a list is expected"),
+        ("optimizer.groups=[embeddings]", "optimizer.groups.0='embeddings': a mapping of settings"),
+        ("optimizer.groups=[{weight_decay: 1}]", "optimizer.groups.0.parameters is missing (comm"),
+        ("optimizer.groups=[{params: a}]", "unknown setting `optimizer.groups.0.params`; did you "
+         "mean `optimizer.groups.0.parameters`? (command line)"),
+        ("optimizer.groups=[{parameters: '', weight_decay: 1}]", "parameters='': must not be emp"),
+        ("optimizer.groups=[{parameters: a, weight_decay: 1}, {parameters: '*bias'}]",
+         "optimizer.groups.1: the group *bias has neither a learning_rate_factor nor a "
+         "weight_decay of its own: say one, or leave it out (command line)"),
+        ("optimizer.groups=[{parameters: a, learning_rate_factor: 1.0}]", "the group a has nei"),
+        ("schedule.kind=exponential", "schedule.kind='exponential': accepted are 'cosine', "
+         "'linear', 'wsd', 'step', 'constant', 'none' (command line)"),
+        ("schedule={kind: none, warmup: {steps: 1}}", "unknown setting `schedule.warmup`"),
+        ("schedule={kind: wsd, shape: sqrt}", "'linear', 'cosine' or 'one_minus_sqrt'"),
+        ("schedule={kind: step, factor: 0}", "schedule.factor=0: must be greater than 0.0"),
+        ("schedule.final_fraction=1.1", "schedule.final_fraction=1.1: must be at most 1.0"),
+        ("schedule.warmup.tokens=0.5", "schedule.warmup.tokens=0.5: a whole number is expected"),
+        ("schedule.warmup.tokens=-1", "schedule.warmup.tokens=-1: must be at least 0"),
+        ("schedule.warmup={steps: 1, tokens: 2}", "exactly one of {steps: n}, {epochs: x}, "
+         "{tokens: n}, {fraction: x}"),
+        ("training.grad_accumulation=oto", "training.grad_accumulation='oto': a whole number or "
+         "'auto' is expected (command line)"),
+        ("training.grad_accumulation=1.5", "=1.5: a whole number or 'auto' is expected"),
+        ("training.grad_accumulation={a: 1}", "a whole number or 'auto' is expected (command"),
+        ("training.grad_accumulation=null", "=None: a whole number or 'auto' is expected"),
+        ("training.grad_accumulation=0", "=0: must be at least 1 or 'auto' (command line)"),
+        ("training.precision=float8", "accepted are 'float32', 'bfloat16' or 'float16'"),
+        ("training.loss_scale.initial=0.5", "training.loss_scale.initial=0.5 is not between "
+         "training.loss_scale.min=1.0 and training.loss_scale.max=16777216.0 (command line)"),
+        ("training.loss_scale.max=1024", "training.loss_scale.initial=32768.0 is not between"),
+        ("training.loss_scale.growth_factor=1", "growth_factor=1: must be greater than 1.0"),
+        ("training.loss_scale.backoff_factor=1", "backoff_factor=1: must be less than 1.0"),
+        ("training.regularization.label_smoothing=1", "label_smoothing=1: must be less than 1.0"),
+        ("training.regularization.z_loss=-1e-4", "z_loss=-0.0001: must be at least 0.0"),
+        ("training.divergence.action=retry", "accepted are 'skip', 'stop' or 'go_back'"),
+        ("training.divergence.spike_window=1", "spike_window=1: must be at least 2"),
+        ("training.divergence.spike_deviations=0", "spike_deviations=0: must be greater than"),
+        ("training.weight_average=ema", "a mapping of settings is expected, whose `kind` is one "
+         "of 'ema', 'swa'"),
+        ("training.weight_average={kind: ema, decay: 1}", "weight_average.decay=1: must be less"),
+        ("training.weight_average={kind: ema, every: {steps: 2}}", "unknown setting "
+         "`training.weight_average.every`: it belongs to training.weight_average.kind=swa"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named_with_the_remedy(override: str, said: str) -> None:
@@ -381,6 +464,11 @@ UNET = "model.kind=unet_gpt"
         (["model.lora={rank: 0}", "training.init_from=runs/x"], "model.lora.rank=0"),
         (["model.pad_vocab_to_multiple_of=0"], "must be at least 1"),
         (["model.logit_softcap=0"], "must be greater than 0"),
+        (
+            ["training.regularization.r_drop=0.5", "model.dropout=0"],
+            "training.regularization.r_drop compares two passes that dropout makes differ, and "
+            "model.dropout=0.0: set both, or neither",
+        ),
     ],
 )  # fmt: skip
 def test_a_combination_that_no_network_can_have_is_refused(overrides: list[str], said: str) -> None:

@@ -15,7 +15,7 @@ from mainrun.model.attention import MultiHeadAttention
 from mainrun.model.cache import Span
 from mainrun.model.generate import generate
 from mainrun.model.initializers import Initializer
-from mainrun.training import step
+from mainrun.training.loss import token_loss
 from tests import variants
 from tests.variants import CONTEXT, VOCAB, WIDTH, network, params, tokens
 
@@ -137,7 +137,7 @@ def summed(settings: config.Network, batch: Batch) -> Any:
 @cache
 def _summed(settings: config.Network) -> Any:
     def loss(p: dict, batch: Batch) -> jax.Array:
-        found = step.token_loss(
+        found = token_loss(
             network(settings).bind(p), batch, mask_documents=False, dropout_keys=None
         )
         weights = jnp.asarray(batch.weights)

@@ -1,123 +1,394 @@
-"""The order of steps, evaluations and checkpoints, whatever interrupts it."""
+"""The order of steps, evaluations and checkpoints, whatever interrupts it and however they go."""
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from mainrun import config
 from mainrun.errors import RunFailed, Stopped
+from mainrun.training import divergence, noise, precision
 from mainrun.training.checkpoint import Progress
+from mainrun.training.divergence import APPLIED, NOT_FINITE, OVERFLOWED, SPIKED
 from mainrun.training.loop import Plan, fit
 from mainrun.training.step import Metrics, TrainState
 
 PLAN = Plan(total_steps=10, eval_every=4, checkpoint_every=3, log_every=1, tokens_per_step=64)
+LIMIT = 3
+
+OVERFLOW, SPIKE = "overflow", "spike"
 
 
-def state(step: int) -> TrainState:
-    return TrainState(jnp.asarray(step), {}, (), jnp.zeros(2, jnp.uint32), {})
+class Batch(NamedTuple):
+    """Its loss decides what becomes of the step, so that a test decides it."""
+
+    index: int
+    loss: float | str
 
 
-def train_step(state: TrainState, batch: float) -> tuple[TrainState, Metrics]:
-    """Its loss is the batch, so that a test decides it."""
-    metrics = Metrics(jnp.asarray(batch), jnp.asarray(1.0), jnp.asarray(0.1), jnp.asarray(0.0))
-    return state._replace(step=state.step + 1), metrics
+def state(step: int = 0) -> TrainState:
+    return TrainState(
+        step=np.int32(step),
+        updates=np.int32(step),
+        params={"applied": np.int64(0)},  # bit n: batch n is in these parameters
+        opt_state=(),
+        key=np.zeros(2, np.uint32),
+        frozen={},
+        average={},
+        loss_scale=precision.initial(config.LossScale(initial=1.0)),
+        guard=divergence.initial(),
+        noise=noise.none(),
+    )
+
+
+def applied(state: TrainState) -> list[int]:
+    return [index for index in range(63) if int(state.params["applied"]) >> index & 1]
+
+
+def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    outcome = {OVERFLOW: OVERFLOWED, SPIKE: SPIKED}.get(batch.loss, APPLIED)
+    loss = 2.0 if isinstance(batch.loss, str) else batch.loss
+    if not math.isfinite(loss):
+        outcome = NOT_FINITE
+    scale = state.loss_scale  # the least there is
+    after = state._replace(step=state.step + 1)
+    match outcome:
+        case divergence.APPLIED:
+            after = after._replace(
+                params={"applied": state.params["applied"] | 1 << batch.index},
+                guard=state.guard._replace(in_a_row=0),
+                loss_scale=scale._replace(at_min=0),
+            )
+        case divergence.OVERFLOWED:
+            after = after._replace(loss_scale=scale._replace(at_min=scale.at_min + 1))
+        case _:
+            more = int(state.guard.in_a_row) + 1
+            after = after._replace(guard=state.guard._replace(in_a_row=more))
+    return after, Metrics(
+        loss=loss,
+        objective=loss,
+        grad_norm=1.0,
+        learning_rate=0.1,
+        balance_loss=0.0,
+        outcome=outcome,
+        in_a_row=after.guard.in_a_row,
+        loss_scale=after.loss_scale,
+        noise_tokens=math.nan,
+    )
+
+
+class Killed(BaseException):
+    """The process is gone, and what was saved stays."""
 
 
 class Surroundings:
-    """Writes down what the loop asks for; stops when told to."""
+    """Writes down what the loop asks for; stops or dies when told to."""
 
-    def __init__(self, stop_at: str = "", losses: dict[int, float] | None = None) -> None:
+    def __init__(
+        self,
+        losses: Mapping[int, float | str] | None = None,
+        *,
+        stop_at: str = "",
+        kill_at: str = "",
+        checkpoints: Mapping[int, tuple[TrainState, Progress]] | None = None,
+    ) -> None:
         self.told: list[str] = []
-        self.saved: dict[int, Progress] = {}
-        self._stop_at, self._losses = stop_at, losses or {}
+        self.reasons: list[str] = []
+        self.checkpoints = dict(checkpoints or {})
+        self._losses = losses or {}
+        self._stop_at, self._kill_at = stop_at, kill_at
 
-    def batch(self, index: int) -> float:
-        return self._losses.get(index, 1.0)
+    @property
+    def newest(self) -> tuple[TrainState, Progress]:
+        return self.checkpoints[max(self.checkpoints)]
+
+    def batch(self, index: int) -> Batch:
+        return Batch(index, self._losses.get(index, 1.0))
 
     def evaluate(self, state: TrainState) -> float:
         step = int(state.step)
         if self._stop_at == f"evaluation {step}":
             raise Stopped
-        self.told.append(f"evaluation {step}")
-        return abs(step - 6.0)  # the best is at 4 and, no better, at 8
+        self._tell(f"evaluation {step}")
+        return abs(step - 6.0)  # the best is at 6; where that is not evaluated, at 4
 
     def save(self, state: TrainState, progress: Progress, *, best: bool) -> None:
         step = int(state.step)
-        self.told.append(f"save {step}" + (" best" if best else ""))
-        self.saved[step] = dataclasses.replace(progress, train_seconds=0.0)
+        timeless = dataclasses.replace(progress, train_seconds=0.0)
+        self.checkpoints.setdefault(step, (state, timeless))
+        self._tell(f"save {step}" + (" best" if best else ""))
 
-    def log_step(self, number: int, metrics: dict[str, float]) -> None:
-        self.told.append(f"step {number}")
+    def saved(self, step: int, like: TrainState) -> TrainState:
+        return self.checkpoints[step][0]
+
+    def log(self, event: str, step: int, fields: Mapping[str, float | str]) -> None:
+        if "reason" in fields:
+            self.reasons.append(str(fields["reason"]))
+        name = "step" if event == "train_step" else event
+        self._tell(f"{name} {step}" + (f" to {fields['to_step']}" if "to_step" in fields else ""))
 
     def stop_requested(self) -> bool:
         return self._stop_at in self.told
 
-
-STRAIGHT = [
-    "evaluation 0", "step 1", "step 2", "step 3", "save 3", "step 4", "evaluation 4", "save 4 best",
-    "step 5", "step 6", "save 6", "step 7", "step 8", "evaluation 8", "step 9", "save 9", "step 10",
-    "evaluation 10", "save 10",
-]  # fmt: skip
+    def _tell(self, what: str) -> None:
+        self.told.append(what)
+        if what == self._kill_at:
+            raise Killed
 
 
-def test_everything_happens_in_its_order() -> None:
-    run = Surroundings()
-    final, progress = fit(state(0), Progress(), train_step, PLAN, run)
-    assert run.told == STRAIGHT
-    assert int(final.step) == 10
-    assert (progress.best_step, progress.best_loss, progress.evaluated_step) == (4, 2.0, 10)
+class Course(NamedTuple):
+    """A run and the order in which all of it happens."""
+
+    plan: Plan
+    losses: Mapping[int, float | str]
+    told: list[str]
+    applied: list[int]
+    progress: Progress
+
+    def fit(self, run: Surroundings) -> tuple[TrainState, Progress]:
+        begin = run.newest if run.checkpoints else (state(), Progress())
+        final, progress = fit(*begin, train_step, self.plan, run)
+        return final, dataclasses.replace(progress, train_seconds=0.0)
+
+
+def planned(action: str = "skip", **changes: object) -> Plan:
+    settings = config.Divergence(action=action, limit=LIMIT, spike_deviations=4.5)
+    return dataclasses.replace(PLAN, divergence=settings, **changes)
+
+
+COURSES = {
+    "all goes well": Course(
+        PLAN,
+        {},
+        ["evaluation 0", "step 1", "step 2", "step 3", "save 3", "step 4", "evaluation 4",
+         "save 4 best", "step 5", "step 6", "save 6", "step 7", "step 8", "evaluation 8", "step 9",
+         "save 9", "step 10", "evaluation 10", "save 10"],
+        list(range(10)),
+        Progress(evaluated_step=10, best_step=4, best_loss=2.0, evaluations_since_best=2,
+                 planned_step=10),
+    ),
+    "patience ends": Course(
+        dataclasses.replace(PLAN, total_steps=14, eval_every=2, patience=2),
+        {},
+        ["evaluation 0", "step 1", "step 2", "evaluation 2", "save 2 best", "step 3", "save 3",
+         "step 4", "evaluation 4", "save 4 best", "step 5", "step 6", "evaluation 6",
+         "save 6 best", "step 7", "step 8", "evaluation 8", "step 9", "save 9", "step 10",
+         "evaluation 10", "stopped_early 10", "save 10"],
+        list(range(10)),
+        Progress(evaluated_step=10, best_step=6, best_loss=0.0, evaluations_since_best=2,
+                 planned_step=9),
+    ),
+    "bad steps are skipped": Course(
+        planned("skip"),
+        {2: math.nan, 6: SPIKE, 7: math.inf},
+        ["evaluation 0", "step 1", "step 2", "step_skipped 3", "step 3", "save 3", "step 4",
+         "evaluation 4", "save 4 best", "step 5", "step 6", "save 6", "step_skipped 7", "step 7",
+         "step_skipped 8", "step 8", "evaluation 8", "step 9", "save 9", "step 10",
+         "evaluation 10", "save 10"],
+        [0, 1, 3, 4, 5, 8, 9],
+        Progress(evaluated_step=10, best_step=4, best_loss=2.0, evaluations_since_best=2,
+                 planned_step=10),
+    ),
+    "bad steps are gone back from": Course(
+        planned("go_back"),
+        {4: math.nan, 8: SPIKE},
+        ["evaluation 0", "save 0 best", "step 1", "step 2", "step 3", "save 3", "step 4",
+         "evaluation 4", "save 4 best", "went_back 5 to 4", "step 6", "save 6", "step 7", "step 8",
+         "evaluation 8", "went_back 9 to 6", "save 9", "step 10", "evaluation 10", "save 10"],
+        [0, 1, 2, 3, 5, 9],
+        Progress(evaluated_step=10, best_step=4, best_loss=2.0, evaluations_since_best=2,
+                 planned_step=10),
+    ),
+}  # fmt: skip
+
+
+def places(which: Callable[[str, str], bool]) -> list:
+    """A course, and each thing that is told in it, where wanted."""
+    return [
+        pytest.param(course, told, id=f"{name}: {told}")
+        for name, course in COURSES.items()
+        for told in course.told
+        if which(name, told)
+    ]
 
 
 # A stop during the last step changes nothing any more: the run is then finished.
-@pytest.mark.parametrize("stop_at", [x for x in STRAIGHT[:-1] if x != "step 10"])
-def test_a_stop_at_any_place_is_saved_and_resuming_does_the_rest(stop_at: str) -> None:
-    first = Surroundings(stop_at)
+ENDS = ("step 10", "stopped_early 10", "save 10")
+
+
+@pytest.mark.parametrize("course", COURSES.values(), ids=COURSES)
+def test_everything_happens_in_its_order(course: Course) -> None:
+    run = Surroundings(course.losses)
+    final, progress = course.fit(run)
+    assert run.told == course.told
+    assert int(final.step) == 10
+    assert applied(final) == course.applied
+    assert progress == course.progress
+
+
+def facts(told: list[str]) -> list[str]:
+    return [t for t in told if not t.startswith("save")]
+
+
+@pytest.mark.parametrize(
+    ("course", "stop_at"),
+    places(lambda _, told: told not in ENDS),
+)
+def test_a_stop_at_any_place_is_saved_and_resuming_does_the_rest(
+    course: Course, stop_at: str
+) -> None:
+    first = Surroundings(course.losses, stop_at=stop_at)
     with pytest.raises(Stopped):
-        fit(state(0), Progress(), train_step, PLAN, first)
-    newest = max(first.saved)
-    assert first.told[-1].startswith(f"save {newest}")
-    second = Surroundings()
-    _, progress = fit(state(newest), first.saved[newest], train_step, PLAN, second)
-    told = [*first.told, *second.told]
-    facts = [t for t in told if not t.startswith("save")]
-    assert facts == [t for t in STRAIGHT if not t.startswith("save")]
-    progress = dataclasses.replace(progress, train_seconds=0.0)
-    assert progress == Progress(evaluated_step=10, best_step=4, best_loss=2.0)
+        course.fit(first)
+    assert first.told[-1].startswith(f"save {max(first.checkpoints)}")
+    second = Surroundings(course.losses, checkpoints=first.checkpoints)
+    final, progress = course.fit(second)
+    assert facts([*first.told, *second.told]) == facts(course.told)
+    assert applied(final) == course.applied
+    assert progress == course.progress
 
 
-@pytest.mark.parametrize("step", [3, 4, 6, 9])
-def test_resuming_from_any_checkpoint_repeats_what_came_after_it(step: int) -> None:
+@pytest.mark.parametrize(("course", "kill_at"), places(lambda *_: True))
+def test_a_run_killed_at_any_place_repeats_what_came_after_its_checkpoint(
+    course: Course, kill_at: str
+) -> None:
+    first = Surroundings(course.losses, kill_at=kill_at)
+    with pytest.raises(Killed):
+        course.fit(first)
+    second = Surroundings(course.losses, checkpoints=first.checkpoints)
+    final, progress = course.fit(second)
+    at = max(first.checkpoints, default=-1)
+    # What is told once more at a checkpoint of step 0 is that it is there.
+    place = max((i for i, t in enumerate(course.told) if t.startswith(f"save {at}")), default=-1)
+    assert second.told == course.told[place + (at != 0) :]
+    assert applied(final) == course.applied
+    assert progress == course.progress
+
+
+@pytest.mark.parametrize("course", COURSES.values(), ids=COURSES)
+def test_a_run_that_came_to_its_end_has_nothing_to_do(course: Course) -> None:
+    whole = Surroundings(course.losses)
+    course.fit(whole)
+    again = Surroundings(course.losses, checkpoints=whole.checkpoints)
+    final, progress = course.fit(again)
+    assert again.told == []
+    assert applied(final) == course.applied
+    assert progress == course.progress
+
+
+def test_more_patience_goes_on_where_less_has_ended() -> None:
+    course = COURSES["patience ends"]
     whole = Surroundings()
-    fit(state(0), Progress(), train_step, PLAN, whole)
-    again = Surroundings()
-    fit(state(step), whole.saved[step], train_step, PLAN, again)
-    after = max(i for i, told in enumerate(STRAIGHT) if told.startswith(f"save {step}"))
-    assert again.told == STRAIGHT[after + 1 :]
+    course.fit(whole)
+    patient = course._replace(plan=dataclasses.replace(course.plan, patience=3))
+    more = Surroundings(checkpoints=whole.checkpoints)
+    patient.fit(more)
+    assert more.told == ["step 11", "step 12", "evaluation 12", "stopped_early 12", "save 12"]
 
 
-def test_a_run_that_was_saved_at_its_end_has_nothing_to_do() -> None:
-    run = Surroundings()
-    fit(state(10), Progress(evaluated_step=10), train_step, PLAN, run)
-    assert run.told == []
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_skipped_step_is_told_with_its_loss(bad: float) -> None:
+    run = Surroundings({2: bad})
+    fit(state(), Progress(), train_step, planned("skip"), run)
+    assert run.reasons == [f"the loss of step 3 is {bad:g} and its gradient norm 1"]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(bad: float) -> None:
-    run = Surroundings(losses={2: bad})
-    with pytest.raises(RunFailed, match="loss of step 3 is"):
-        fit(state(0), Progress(), train_step, PLAN, run)
-    assert run.saved == {}
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_reason() -> None:
+    run = Surroundings({4: math.nan, 5: SPIKE, 6: math.nan})
+    with pytest.raises(RunFailed) as failed:
+        fit(state(), Progress(), train_step, planned("skip"), run)
+    said = str(failed.value)
+    assert said.startswith("the loss of step 7 is nan and its gradient norm 1, the last of 3 such")
+    assert "lower optimizer.learning_rate or lengthen schedule.warmup" in said
+    assert "\n" not in said
+    assert [t for t in run.told if "skipped" in t] == [f"step_skipped {n}" for n in (5, 6, 7)]
+    assert run.told[-1] == "step_skipped 7"
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        pytest.param(dict.fromkeys((0, 1, 3, 4, 6, 7, 9), math.nan), id="a good one between"),
+        pytest.param({0: SPIKE, 1: math.nan, 9: SPIKE}, id="two at a time"),
+    ],
+)
+def test_skipped_steps_that_are_not_in_a_row_end_nothing(losses: dict[int, float | str]) -> None:
+    run = Surroundings(losses)
+    final, _ = fit(state(), Progress(), train_step, planned("skip"), run)
+    assert applied(final) == [n for n in range(10) if n not in losses]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, SPIKE])
+@pytest.mark.parametrize("index", range(10))
+def test_to_stop_at_a_bad_step_fails_at_once_and_saves_nothing_of_it(
+    index: int, bad: float | str
+) -> None:
+    run = Surroundings({index: bad})
+    with pytest.raises(RunFailed, match=rf"the loss of step {index + 1} is .*: training diverged"):
+        fit(state(), Progress(), train_step, planned("stop"), run)
+    well = COURSES["all goes well"].told
+    before = well[: well.index(f"step {index + 1}")]
+    assert run.told == before
+
+
+def test_a_spike_is_told_with_what_it_was_measured_by() -> None:
+    with pytest.raises(RunFailed, match=r"norm 1, more than 4.5 deviations above the mean: train"):
+        fit(state(), Progress(), train_step, planned("stop"), Surroundings({3: SPIKE}))
+
+
+@pytest.mark.parametrize("bad", range(10))
+def test_going_back_is_to_the_newest_checkpoint_and_on_behind_the_bad_batch(bad: int) -> None:
+    run = Surroundings({bad: math.nan})
+    final, _ = fit(state(), Progress(), train_step, planned("go_back"), run)
+    newest = max(step for step in (0, 3, 4, 6, 9) if step <= bad)
+    assert f"went_back {bad + 1} to {newest}" in run.told
+    assert applied(final) == [n for n in range(10) if not newest <= n <= bad]
+    assert run.reasons == [f"the loss of step {bad + 1} is nan and its gradient norm 1"]
+    assert run.told[-1] == "save 10"
+
+
+def test_the_limit_of_returns_is_that_of_the_whole_run() -> None:
+    course = COURSES["all goes well"]._replace(plan=planned("go_back"))
+    enough = {1: math.nan, 4: math.nan, 7: SPIKE}
+    final, _ = course.fit(Surroundings(enough))
+    assert int(final.guard.returns) == LIMIT
+    first = Surroundings(enough | {9: math.nan}, stop_at="save 9")
+    with pytest.raises(Stopped):
+        course.fit(first)
+    second = Surroundings({9: math.nan}, checkpoints=first.checkpoints)
+    with pytest.raises(
+        RunFailed, match=r"the loss of step 10 is nan .*, after 3 returns to a check"
+    ):
+        course.fit(second)
+    assert second.told == []
+
+
+def test_overflows_at_the_least_scale_end_the_run_with_the_remedy() -> None:
+    plan = planned("stop", limit_at_min_scale=4, scales_loss=True)
+    run = Surroundings(dict.fromkeys((1, 2, 4, 5, 6, 7), OVERFLOW))
+    with pytest.raises(RunFailed) as failed:
+        fit(state(), Progress(), train_step, plan, run)
+    said = str(failed.value)
+    assert "gradients of step 8 overflow" in said
+    assert "the last of 4 such steps in a row: set training.precision=bfloat16" in said
+    assert [t for t in run.told if "skipped" in t] == [
+        f"step_skipped {n + 1}" for n in (1, 2, 4, 5, 6, 7)
+    ]
+    assert "the loss scale is now 1" in run.reasons[0]
 
 
 def test_seldom_records_average_the_time_between_them() -> None:
-    told: dict[int, dict[str, float]] = {}
+    told: dict[int, Mapping[str, float | str]] = {}
 
     class Timed(Surroundings):
-        def log_step(self, number: int, metrics: dict[str, float]) -> None:
-            told[number] = metrics
+        def log(self, event: str, step: int, fields: Mapping[str, float | str]) -> None:
+            told[step] = fields
 
     plan = dataclasses.replace(PLAN, log_every=4)
-    _, progress = fit(state(0), Progress(), train_step, plan, Timed())
+    _, progress = fit(state(), Progress(), train_step, plan, Timed())
     assert list(told) == [4, 8, 10]
     total = sum(told[n]["perf/step_ms"] * k for n, k in ((4, 4), (8, 4), (10, 2)))
     assert total == pytest.approx(1e3 * progress.train_seconds)

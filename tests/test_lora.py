@@ -20,6 +20,7 @@ from mainrun.model.gpt import Params
 from mainrun.model.initializers import Initializer
 from mainrun.model.layers import Linear
 from mainrun.training import step
+from mainrun.training.optimizer import Optimizer
 from mainrun.training.step import TrainState
 from tests import variants
 from tests.variants import CONTEXT, WIDTH, network, small, tokens
@@ -234,9 +235,12 @@ def train(
 ) -> tuple[list[TrainState], list[float]]:
     """The states before and after some steps, and the losses. No weight decay moves anything."""
     rate = optax.constant_schedule(1e-2)
-    net, optimizer = network(settings, precision), optax.adam(rate)
-    one = jax.jit(step.make_train_step(net, optimizer, rate, micro_batches=1, mask_documents=False))
-    state = jax.jit(lambda params: step.init(net, optimizer, 0, params))(on)
+    net, optimizer = network(settings, precision), Optimizer(*optax.adam(rate))
+    training = config.Training(precision=precision)
+    one = jax.jit(
+        step.make_train_step(net, optimizer, rate, training, micro_batches=1, mask_documents=False)
+    )
+    state = jax.jit(lambda params: step.init(net, optimizer, 0, training, params))(on)
     states, losses = [state], []
     for _ in range(4):
         state, metrics = one(state, batch())

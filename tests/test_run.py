@@ -18,12 +18,17 @@ from mainrun.record import WALL_CLOCK, metrics, read_events
 from tests.conftest import COMMAND, Mainrun
 
 
-def parameters(run_dir: Path) -> dict[str, np.ndarray]:
-    """Of the newest checkpoint, read with Orbax itself."""
+def arrays(run_dir: Path) -> dict[str, np.ndarray]:
+    """Of the newest checkpoint: all that there is, read with Orbax itself."""
     import orbax.checkpoint as ocp
 
     newest = max((run_dir / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    return ocp.StandardCheckpointer().restore((newest / "params").resolve())
+    parts = [path for path in newest.iterdir() if path.is_dir() and path.name != "record"]
+    assert {"params", "rest"} <= {path.name for path in parts}
+    found: dict[str, np.ndarray] = {}
+    for path in parts:
+        found |= ocp.StandardCheckpointer().restore(path.resolve())
+    return found
 
 
 def reproducible_table(run_dir: Path) -> list[dict[str, str]]:
@@ -37,7 +42,7 @@ def reproducible_table(run_dir: Path) -> list[dict[str, str]]:
 
 
 def assert_same_end(run_dir: Path, expected: Path) -> None:
-    ours, theirs = parameters(run_dir), parameters(expected)
+    ours, theirs = arrays(run_dir), arrays(expected)
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
@@ -124,6 +129,80 @@ def test_a_killed_run_ends_as_if_never_interrupted(
     assert kill_and_resume(tmp_path / "run", tiny, kills=2, seed=0) > 0
     mainrun("resume", tmp_path / "run")
     assert_same_end(tmp_path / "run", finished_run)
+
+
+def test_a_killed_float16_run_goes_on_with_its_loss_scale_and_its_average(
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+) -> None:
+    """Bit for bit, in micro-batches, while the scale grows, overflows and backs off."""
+    float16 = [
+        *tiny,
+        "training.max_steps=30",
+        "training.precision=float16",
+        "training.grad_accumulation=2",
+        "training.weight_average={kind: ema, decay: 0.9}",
+        "training.loss_scale={initial: 1e+6, growth_interval: 3, growth_factor: 64, "
+        "backoff_factor: 0.02, max: 1e+12}",
+        "training.checkpoint.every.steps=2",
+    ]
+    whole = tmp_path / "whole"
+    mainrun("train", *float16, "--run-dir", whole)
+    assert kill_and_resume(tmp_path / "killed", float16, kills=2, seed=2) > 0
+    mainrun("resume", tmp_path / "killed")
+    resumed = [e["step"] for e in events(tmp_path / "killed") if e["event"] == "resumed"]
+    assert max(resumed) > 0
+    assert_same_end(tmp_path / "killed", whole)
+    rows = [row for row in metrics(events(whole)) if "precision/loss_scale" in row]
+    scales = np.array([row["precision/loss_scale"] for row in rows])
+    assert (np.diff(scales) > 0).sum() > 3
+    assert (np.diff(scales) < 0).sum() > 3
+    end = arrays(whole)
+    skipped = int(end["loss_scale|overflows"])
+    assert skipped == rows[-1]["precision/skipped_steps"] == 30 - end["updates"]
+    assert any(name.startswith("average|") for name in end)
+    assert "val_average/loss" in metrics(events(whole))[-1]
+
+
+def test_patience_counts_on_where_a_run_is_resumed(
+    tmp_path: Path, tiny: list[str], finished_run: Path, mainrun: Mainrun
+) -> None:
+    """Nothing is learnt, so the first evaluation is the best; the second is the end of a run."""
+    evaluations = [e["step"] for e in events(finished_run) if e["event"] == "evaluation"]
+    _, first, second, third, *_ = evaluations
+    run_dir = tmp_path / "run"
+    unteachable = ["optimizer.learning_rate=1e-30", "training.patience=2"]
+    train = ["train", *tiny, *unteachable, f"training.max_steps={first}", "--run-dir", run_dir]
+    mainrun(*train)
+    mainrun("resume", run_dir, f"training.max_steps={third}")
+    told = events(run_dir)
+    early = [(e["step"], e["best_step"]) for e in told if e["event"] == "stopped_early"]
+    assert early == [(second, 0)]
+    assert metrics(told)[-1]["step"] == second
+    assert max(int(path.name) for path in (run_dir / "checkpoints").iterdir()) == second
+    assert "is finished" in mainrun("resume", run_dir).stderr
+
+
+def test_a_run_goes_back_to_its_newest_checkpoint_from_a_spike(
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+) -> None:
+    restless = [
+        "optimizer.learning_rate=0.3",
+        "training.divergence={action: go_back, spike_deviations: 0.3, spike_window: 5, limit: 100}",
+    ]
+    run_dir = tmp_path / "run"
+    mainrun("train", *tiny, *restless, "--run-dir", run_dir)
+    newest = returns = 0
+    for event in events(run_dir):
+        if event["event"] == "checkpoint":
+            newest = event["step"]
+        elif event["event"] == "went_back":
+            assert event["to_step"] == newest
+            returns += 1
+    assert returns > 0
+    assert newest == 40
+    end = arrays(run_dir)
+    assert int(end["guard|returns"]) == returns
+    assert int(end["updates"]) < 40
 
 
 @pytest.mark.slow

@@ -158,7 +158,10 @@ def test_a_grid_over_endlessly_many_values_is_refused(tmp_path: Path):
         ("model.dropout: {values: [0.1, 1.5]}", "3: model.dropout=1.5: must be less than 1"),
         ("model.dropout: {min: 0.5, max: 1.0}", "3: model.dropout=1.0: must be less than 1"),
         ("seed: {value: 1}\nmodel.num_layers: {min: 1.0, max: 4.0}", "4: model.num_layers=1.0"),
-        ("training.precision: {values: [float8]}", "accepted are 'float32' or 'bfloat16'"),
+        (
+            "training.precision: {values: [float8]}",
+            "accepted are 'float32', 'bfloat16' or 'float16'",
+        ),
         ("model.d_model: {value: 102}", "model.d_model=102 is not divisible by"),
         ("seed: {values: []}", "3: `seed`: `values` must be a list that is not empty"),
         ("seed: {values: 5}", "`values` must be a list"),

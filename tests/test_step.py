@@ -8,11 +8,14 @@ import pytest
 
 from mainrun import config
 from mainrun.data.batches import Batch
+from mainrun.model.gpt import Network
+from mainrun.training import averaging, divergence, noise
 from mainrun.training import optimizer as optimizers
 from mainrun.training import step as steps
 from tests.test_gpt import CONTEXT, VOCAB, tiny
 
 CONSTANT = optax.constant_schedule(1e-2)
+PLAIN, ADAMW = config.Training(), config.AdamW()
 
 
 def some_batch(seed: int = 0, rows: int = 8) -> Batch:
@@ -28,31 +31,79 @@ def some_batch(seed: int = 0, rows: int = 8) -> Batch:
 
 
 def make(
+    training: config.Training = PLAIN,
+    *,
     dropout: float = 0.1,
     micro_batches: int = 1,
     mask_documents: bool = False,
-    precision: str = "float32",
+    settings: config.Optimizer = ADAMW,
+    samples: averaging.Samples = averaging.EVERY_UPDATE,
 ) -> tuple:
-    network = tiny(dropout=dropout, precision=precision)
-    optimizer = optimizers.optimizer(config.AdamW(), CONSTANT, 1.0)
+    network = tiny(dropout=dropout, precision=training.precision)
+    optimizer = optimizers.optimizer(settings, CONSTANT, 1.0)
     step = steps.make_train_step(
-        network, optimizer, CONSTANT, micro_batches=micro_batches, mask_documents=mask_documents
+        network,
+        optimizer,
+        CONSTANT,
+        training,
+        micro_batches=micro_batches,
+        mask_documents=mask_documents,
+        samples=samples,
     )
-    return jax.jit(step), jax.jit(lambda: steps.init(network, optimizer, 0))(), network
+    return jax.jit(step), jax.jit(lambda: steps.init(network, optimizer, 0, training))(), network
 
 
 @pytest.mark.parametrize(("micro_batches", "dropout"), [(2, 0.0), (4, 0.3), (8, 0.3)])
 def test_micro_batches_equal_the_whole_batch_whatever_the_padding(
     micro_batches: int, dropout: float
 ) -> None:
-    whole, state, _ = make(dropout)
-    parts, _, _ = make(dropout, micro_batches)
+    whole, state, _ = make(dropout=dropout)
+    parts, _, _ = make(dropout=dropout, micro_batches=micro_batches)
     (one, metrics), (many, split) = whole(state, some_batch()), parts(state, some_batch())
     assert float(split.loss) == pytest.approx(float(metrics.loss), abs=1e-6)
     assert float(split.grad_norm) == pytest.approx(float(metrics.grad_norm), abs=1e-6)
     # Adam divides by the root of a squared gradient: compare the moments, which are linear in it.
     for a, b in zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(many.opt_state), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+REGULARISED = config.Regularization(label_smoothing=0.1, z_loss=1e-2, r_drop=2.0)
+
+
+@pytest.mark.parametrize(
+    ("training", "tolerance"),
+    [
+        pytest.param(
+            config.Training(regularization=REGULARISED, weight_average=config.Ema(decay=0.9)),
+            1e-6,
+            id="regularised, averaged",
+        ),
+        # XLA sums a product of float16 in another order where there are more rows, and its result
+        # is rounded by up to 2**-11; gradients here are up to 0.3.
+        pytest.param(
+            config.Training(precision="float16", regularization=REGULARISED), 1.5e-4, id="float16"
+        ),
+    ],
+)
+def test_all_of_training_is_blind_to_how_a_batch_is_cut(
+    training: config.Training, tolerance: float
+) -> None:
+    """One micro-batch of padding alone among them; two steps, so that an average is one of two."""
+    sgd = config.Sgd(momentum=0.9)  # linear in the gradient
+    found = []
+    for micro_batches in (1, 4):
+        step, state, _ = make(training, dropout=0.3, micro_batches=micro_batches, settings=sgd)
+        for seed in (0, 1):
+            batch = some_batch(seed)
+            batch.weights[2:4] = 0
+            state, metrics = step(state, batch)
+        assert int(metrics.outcome) == divergence.APPLIED
+        assert metrics.objective > metrics.loss + 0.01
+        # But how noisy gradients are: that is what micro-batches tell, and one alone does not.
+        found.append((state._replace(noise=noise.none()), metrics._replace(noise_tokens=0)))
+    one, many = map(jax.tree.leaves, found)
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance)
 
 
 def test_loss_and_gradient_are_those_of_the_weighted_mean_over_tokens() -> None:
@@ -122,7 +173,12 @@ def test_bfloat16_trains_as_float32_does_with_float32_weights() -> None:
     """Also that every product of the step has a kernel: some fail at run time only on CPUs."""
     found = {}
     for precision in ("float32", "bfloat16"):
-        step, state, _ = make(0.0, micro_batches=2, mask_documents=True, precision=precision)
+        step, state, _ = make(
+            config.Training(precision=precision),
+            dropout=0.0,
+            micro_batches=2,
+            mask_documents=True,
+        )
         for _ in range(5):
             state, metrics = step(state, some_batch())
         assert {a.dtype for a in state.params.values()} == {jnp.dtype("float32")}
@@ -134,9 +190,31 @@ def test_bfloat16_trains_as_float32_does_with_float32_weights() -> None:
 def test_the_same_seed_makes_the_same_state_and_another_another() -> None:
     network = tiny()
     optimizer = optimizers.optimizer(config.Sgd(), CONSTANT, None)
-    one, same, other = (steps.init(network, optimizer, seed) for seed in (1, 1, 2))
+    one, same, other = (steps.init(network, optimizer, seed, PLAIN) for seed in (1, 1, 2))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):
         np.testing.assert_array_equal(a, b)
     name = "blocks.0.mlp.up.kernel"
     assert (one.params[name] != other.params[name]).any()
     assert (one.key != other.key).any()
+
+
+def test_the_balance_of_experts_is_minimised_times_its_coefficient() -> None:
+    found = {}
+    for coefficient in (0.0, 0.5):
+        mlp = config.MixtureOfExperts(hidden=16, balance_coefficient=coefficient)
+        network = Network(
+            config.Gpt(d_model=16, num_layers=2, dropout=0.0, mlp=mlp),
+            vocab_size=VOCAB, context_length=CONTEXT, precision="float32",
+        )  # fmt: skip
+        optimizer = optimizers.optimizer(config.Sgd(), CONSTANT, None)
+        step = steps.make_train_step(
+            network, optimizer, CONSTANT, PLAIN, micro_batches=1, mask_documents=False
+        )
+        state = jax.jit(lambda n=network, o=optimizer: steps.init(n, o, 0, PLAIN))()
+        found[coefficient] = jax.jit(step)(state, some_batch())
+    (plain, told), (balanced, other) = found[0.0], found[0.5]
+    assert float(told.balance_loss) == float(other.balance_loss) >= 1
+    assert float(told.objective) == float(told.loss) == float(other.loss)
+    assert float(other.objective) == pytest.approx(float(other.loss + 0.5 * other.balance_loss))
+    router = "blocks.0.mlp.router.kernel"
+    assert (np.asarray(plain.params[router]) != np.asarray(balanced.params[router])).any()

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mainrun import config, parts
 from mainrun.data.batches import Batch
 from mainrun.model.gpt import Network
-from mainrun.training import optimizer, step
+from mainrun.training import optimizer, schedule, step
 from tests.bench import pytorch
 
 pytestmark = pytest.mark.skipif(pytorch.interpreter() is None, reason=pytorch.MISSING)
@@ -98,7 +99,7 @@ def test_every_learning_rate_of_a_run_is_that_of_pytorchs_cosine(
         f"schedule.warmup.steps={warmup}",
     )
     theirs = _theirs(run, _weights(run), _batches(seed=4, steps=total), tmp_path)
-    rate = optimizer.schedule(run.schedule, 6e-3, total_steps=total, steps_per_epoch=total)
+    rate = _rate(run)
     ours = [float(rate(i)) for i in range(total)]
     # float32 against float64 of a number below 6e-3
     np.testing.assert_allclose(ours, theirs["learning_rates"], rtol=1e-5, atol=1e-9)
@@ -151,6 +152,18 @@ def _network(run: config.Config, vocab_size: int) -> Network:
     )
 
 
+def _rate(run: config.Config) -> optax.Schedule:
+    total = run.training.max_steps
+    assert total is not None
+    return schedule.schedule(
+        run.schedule,
+        run.optimizer.learning_rate,
+        total_steps=total,
+        steps_per_epoch=total,
+        tokens_per_step=BATCH * TIME,
+    )
+
+
 def _weights(run: config.Config) -> dict[str, np.ndarray]:
     """Weights so large that everything tells: at the real initial ones biases and positions are
     zero and attention is all but uniform, and q and k could be swapped unseen."""
@@ -184,11 +197,7 @@ def _ours(
     batches: dict[str, np.ndarray],
     vocab_size: int = VOCAB,
 ) -> dict[str, Any]:
-    total = run.training.max_steps
-    assert total is not None
-    rate = optimizer.schedule(
-        run.schedule, run.optimizer.learning_rate, total_steps=total, steps_per_epoch=total
-    )
+    rate = _rate(run)
     opt = optimizer.optimizer(run.optimizer, rate, run.training.grad_clip)
     network = _network(run, vocab_size)
     train_step = jax.jit(
@@ -196,19 +205,14 @@ def _ours(
             network,
             opt,
             rate,
+            run.training,
             micro_batches=run.training.grad_accumulation,
             mask_documents=run.data.mask_documents,
         ),
         donate_argnums=0,
     )
     params = {name: jnp.array(array) for name, array in weights.items()}
-    state = step.TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=opt.init(params),
-        key=jnp.zeros(2, jnp.uint32),  # no dropout: nothing is drawn
-        frozen={},
-    )
+    state = jax.jit(lambda on: step.init(network, opt, run.seed, run.training, on))(params)
     metrics = []
     for index in range(len(batches["inputs"])):
         inputs, targets = (batches[k][index].astype(np.int32) for k in ("inputs", "targets"))

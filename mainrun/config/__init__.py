@@ -30,15 +30,36 @@ from mainrun.config.model import (
     StridedKeys,
     UnetGpt,
 )
-from mainrun.config.optimization import (
+from mainrun.config.optimizer import (
+    Adafactor,
+    Adagrad,
+    Adam,
     AdamW,
-    Checkpoint,
+    Group,
+    Lion,
+    Muon,
+    Optimizer,
+    RmsProp,
+    ScheduleFreeAdamW,
+    Sgd,
+)
+from mainrun.config.run import Config, Tracking
+from mainrun.config.schedule import (
     Constant,
     Cosine,
     Linear,
-    Optimizer,
+    NoSchedule,
     Schedule,
-    Sgd,
-    Training,
+    Step,
+    WarmupStableDecay,
 )
-from mainrun.config.run import Config, Tracking
+from mainrun.config.training import (
+    Checkpoint,
+    Divergence,
+    Ema,
+    LossScale,
+    Regularization,
+    Swa,
+    Training,
+    WeightAverage,
+)

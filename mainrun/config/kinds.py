@@ -13,25 +13,33 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
+UNITS = ("steps", "epochs", "tokens", "fraction")
+
+
 @dataclass(frozen=True, config=STRICT)
 class Duration:
-    """A stretch of training, said in exactly one of three units."""
+    """A stretch of training, said in exactly one of four units."""
 
     steps: Annotated[int, Field(ge=0)] | None = None
     epochs: NonNegative | None = None
+    tokens: Annotated[int, Field(ge=0)] | None = None
     fraction: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _one_unit(self) -> "Duration":
-        if sum(x is not None for x in (self.steps, self.epochs, self.fraction)) != 1:
-            raise ValueError("give exactly one of {steps: n}, {epochs: x}, {fraction: x}")
+        if sum(getattr(self, unit) is not None for unit in UNITS) != 1:
+            raise ValueError(
+                "give exactly one of {steps: n}, {epochs: x}, {tokens: n}, {fraction: x}"
+            )
         return self
 
-    def in_steps(self, *, total_steps: int, steps_per_epoch: int) -> int:
+    def in_steps(self, *, total_steps: int, steps_per_epoch: int, tokens_per_step: int) -> int:
         """The same stretch in optimizer steps, rounded to the nearest."""
         if self.steps is not None:
             return self.steps
         if self.epochs is not None:
             return round(self.epochs * steps_per_epoch)
+        if self.tokens is not None:
+            return round(self.tokens / tokens_per_step)
         assert self.fraction is not None
         return round(self.fraction * total_steps)

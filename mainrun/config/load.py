@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mainrun import complaints, yaml12
 from mainrun.config import report_layout, report_names
+from mainrun.config.kinds import UNITS
 from mainrun.config.run import Config
 from mainrun.errors import UserError
 
@@ -163,7 +164,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
-    units = {"steps", "epochs", "fraction"}
+    units = set(UNITS)
     of_another_kind = "kind" in old and new.get("kind", old["kind"]) != old["kind"]
     return of_another_kind or (bool(new) and set(new) <= units and set(old) <= units)
 
@@ -215,7 +216,7 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 def _without_unset_units(value: Any) -> Any:
     """A duration as the one unit that was given."""
     if isinstance(value, dict):
-        if set(value) == {"steps", "epochs", "fraction"}:
+        if set(value) == set(UNITS):
             return {unit: amount for unit, amount in value.items() if amount is not None}
         return {key: _without_unset_units(item) for key, item in value.items()}
     return value

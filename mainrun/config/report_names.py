@@ -58,11 +58,15 @@ WORDS: dict[str, dict[Any, Any]] = {
     "hyperparams.optimizer": {
         "sgd": {"kind": "sgd", "decay_on": "all"},
         "adamw": {"kind": "adamw", "b2": 0.999, "decay_on": "all"},
+        "adam": {"kind": "adam", "decay_on": "all"},
+        "adagrad": {"kind": "adagrad", "decay_on": "all"},
+        "RMSprop": {"kind": "rmsprop", "decay_on": "all"},
+        "rmsprop": {"kind": "rmsprop", "decay_on": "all"},
     },
     "hyperparams.scheduler": {
         "cosine": {"kind": "cosine", "warmup": {"steps": 0}},
         "linear": {"kind": "linear", "warmup": {"steps": 0}},
-        "none": {"kind": "constant", "warmup": {"steps": 0}},
+        "none": {"kind": "none"},
     },
     "hyperparams.amp_bool": {True: "bfloat16", False: "float32"},
     "model_configs.attention_layer": {"causal": "causal", "sparse": "sparse", "sparsek": "sparsek"},
@@ -95,7 +99,7 @@ def value_of(dotted: str, value: Any) -> Any:
     for word, ours in WORDS[key].items():
         if value == word and isinstance(value, type(word)):
             return ours
-    accepted = ", ".join(str(word).lower() for word in WORDS[key])
+    accepted = ", ".join(dict.fromkeys(str(word).lower() for word in WORDS[key]))
     raise ValueError(f"{dotted}={value!r} cannot be had here: accepted are {accepted}")
 
 

@@ -19,7 +19,9 @@ from mainrun.config.model import (
     SparseKAttention,
     StridedKeys,
 )
-from mainrun.config.optimization import AdamW, Cosine, Optimizer, Schedule, Training
+from mainrun.config.optimizer import AdamW, Optimizer
+from mainrun.config.schedule import Cosine, Schedule
+from mainrun.config.training import Training
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -58,6 +60,15 @@ class Config:
             raise ValueError(
                 f"data.context_length={context} is not divisible by "
                 f"model.attention.block_size={block}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _two_passes_differ(self) -> "Config":
+        if self.training.regularization.r_drop and not self.model.dropout:
+            raise ValueError(
+                "training.regularization.r_drop compares two passes that dropout makes differ, and "
+                "model.dropout=0.0: set both, or neither"
             )
         return self
 

@@ -26,7 +26,14 @@ from mainrun.trained import Trained, Which
 Format = Literal["safetensors", "huggingface"]
 
 
-def export(run_dir: Path, output: Path, *, format: Format, checkpoint: Which = "best") -> str:
+def export(
+    run_dir: Path,
+    output: Path,
+    *,
+    format: Format,
+    checkpoint: Which = "best",
+    average: bool = False,
+) -> str:
     """Makes the folder `output` of one of a run's checkpoints; see `write`.
 
     Raises UserError, moreover, where the run has no checkpoint.
@@ -35,7 +42,9 @@ def export(run_dir: Path, output: Path, *, format: Format, checkpoint: Which = "
     if format == "huggingface":  # said before anything is loaded
         model = folder.stored_config(run_dir).model
         architecture(replace(model, lora=None))
-    return write(trained.load(run_dir, checkpoint=checkpoint), output, format=format)
+    return write(
+        trained.load(run_dir, checkpoint=checkpoint, average=average), output, format=format
+    )
 
 
 def write(found: Trained, output: Path, *, format: Format) -> str:

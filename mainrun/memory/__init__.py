@@ -3,8 +3,9 @@
 from mainrun.memory.compiled import check_fits, executable_bytes, gibibytes
 from mainrun.memory.peak import Estimate, estimate
 from mainrun.memory.report import Report, as_dict, by_part, examine, table
+from mainrun.memory.settle import settled
 
 __all__ = [
     "Estimate", "Report", "as_dict", "by_part", "check_fits", "estimate", "examine",
-    "executable_bytes", "gibibytes", "table",
+    "executable_bytes", "gibibytes", "settled", "table",
 ]  # fmt: skip

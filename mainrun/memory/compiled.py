@@ -46,8 +46,8 @@ def too_large(step_bytes: int, limit_bytes: int | None) -> str:
     assert limit_bytes is not None
     return (
         f"a training step needs {gibibytes(step_bytes)}, the device has "
-        f"{gibibytes(limit_bytes)}: raise training.grad_accumulation or make the model, "
-        "training.batch_size or data.context_length smaller"
+        f"{gibibytes(limit_bytes)}: raise training.grad_accumulation (auto: as far as needed) or "
+        "make the model, training.batch_size or data.context_length smaller"
     )
 
 
@@ -65,6 +65,7 @@ def step_bytes(config: Config, vocab_size: int, micro_batches: int) -> int:
         network,
         made,
         optax.constant_schedule(config.optimizer.learning_rate),
+        config.training,
         micro_batches=micro_batches,
         mask_documents=config.data.mask_documents,
     )
@@ -83,7 +84,7 @@ def abstract_state(config: Config, vocab_size: int) -> TrainState:
     def initial() -> TrainState:
         key = jax.random.key(0)
         base = None if config.model.lora is None else lora.split(network.init(key))[1]
-        return step.init(network, made, config.seed, base)
+        return step.init(network, made, config.seed, config.training, base)
 
     return jax.eval_shape(initial)
 
@@ -104,6 +105,6 @@ def _network(config: Config, vocab_size: int) -> Network:
     )
 
 
-def _optimizer(config: Config) -> optax.GradientTransformation:
+def _optimizer(config: Config) -> optimizer.Optimizer:
     rate = optax.constant_schedule(config.optimizer.learning_rate)
     return optimizer.optimizer(config.optimizer, rate, config.training.grad_clip)

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mainrun.config import Config
+from mainrun.config import Config, ScheduleFreeAdamW
 from mainrun.memory import activations
 from mainrun.memory.activations import FLOAT32, MicroBatch, Parts
 from mainrun.memory.compiled import abstract_batch, abstract_state
 from mainrun.training.step import TrainState
 
-_HALF = 2  # bytes of a bfloat16 number
+_HALF = 2  # bytes of a number of 16 bits
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def _moments(
     config: Config, vocab_size: int, micro_batches: int, state: TrainState
 ) -> Iterator[Estimate]:
     model, is_cut = config.model, micro_batches > 1
+    passes = 2 if config.training.regularization.r_drop else 1  # at once, side by side
     batch = MicroBatch(
-        config.training.batch_size // micro_batches,
+        passes * config.training.batch_size // micro_batches,
         config.data.context_length,
         jnp.dtype(config.training.precision).itemsize,
     )
@@ -80,6 +81,7 @@ def _moments(
         "parameters": trained,
         "frozen_parameters": _bytes(state.frozen),
         "optimizer_state": _bytes(state.opt_state),
+        "weight_average": _bytes(state.average),
         "batch": _bytes(abstract_batch(config)),
     }
     first = {
@@ -89,6 +91,8 @@ def _moments(
     last = {
         "final_norm": activations.final_norm(model, batch),
         "logits": activations.logits(model, vocab_size, batch),
+        # R-Drop keeps the log probabilities, the probabilities and their difference.
+        "two_passes": 3 * batch.wide(vocab_size) if passes > 1 else 0,
     }
     kept = sum(sum(part.values()) for part in (first, *blocks, last))
     moment = functools.partial(Estimate, activation_bytes=kept)
@@ -98,6 +102,7 @@ def _moments(
         | first
         | {
             "gradient_accumulator": trained if is_cut else 0,
+            "gradient_point": trained if isinstance(config.optimizer, ScheduleFreeAdamW) else 0,
             "rounded_weights": _rounded_weights(config, state, is_cut=is_cut),
         }
     )
@@ -142,9 +147,9 @@ def _blocks(config: Config, state: TrainState, batch: MicroBatch) -> tuple[Parts
 
 
 def _rounded_weights(config: Config, state: TrainState, *, is_cut: bool) -> int:
-    """Copies of the matrices in bfloat16, which XLA:CPU reads as float32 that were rounded.
+    """Copies of the matrices in 16 bits, which XLA:CPU reads as float32 that were rounded.
 
-    Of micro-batches they are made once: as bfloat16 for the forward pass, and transposed in float32
+    Of micro-batches they are made once: in 16 bits for the forward pass, and transposed in float32
     for the backward pass.
     """
     if config.training.precision == "float32":

@@ -12,6 +12,7 @@ from mainrun import parts
 from mainrun.config import Config
 from mainrun.memory import compiled
 from mainrun.memory.peak import Estimate, estimate
+from mainrun.memory.settle import settled
 from mainrun.memory.vocabulary import Vocabulary, expected
 from mainrun.training import backend
 
@@ -19,10 +20,11 @@ _TITLES = {
     "parameters": "parameters",
     "frozen_parameters": "frozen parameters",
     "optimizer_state": "optimizer state",
+    "weight_average": "average of weights",
     "batch": "batch of tokens",
     "gradients": "gradients",
     "gradient_accumulator": "gradient accumulator",
-    "rounded_weights": "weights rounded to bfloat16",
+    "rounded_weights": "weights rounded to 16 bits",
     "embedding": "embedding",
     "dropout_index": "dropout's index",
     "norms_and_residual": "norms and residual",
@@ -35,6 +37,8 @@ _TITLES = {
     "backward_pass": "backward pass",
     "final_norm": "final norm",
     "logits": "logits and loss",
+    "two_passes": "two passes compared",
+    "gradient_point": "where gradients are taken",
 }
 _WHY = {
     "parameters": "float32, tied ones once",
@@ -76,6 +80,7 @@ def examine(config: Config, vocab_size: int | None = None) -> Report:
     """
     backend.prepare()
     vocabulary = expected(config) if vocab_size is None else Vocabulary(vocab_size, "as asked")
+    config = settled(config, vocabulary.size)
     micro_batches = parts.num_micro_batches(config)
     return Report(
         estimate=estimate(config, vocabulary.size, micro_batches),

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Progress:
     evaluated_step: int = -1  # the last step whose parameters were evaluated
     best_step: int = -1
     best_loss: float = float("inf")
+    evaluations_since_best: int = 0
+    planned_step: int = -1  # of the newest checkpoint that a run never stopped makes as well
     train_seconds: float = 0.0  # in optimizer steps, compilation and evaluation not counted
 
 
@@ -60,10 +62,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
         self._folder = folder
-        self._best_step = -1
+        self._kept_steps: tuple[int, ...] = ()  # besides the newest
         self._writing = -1
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(keep, lambda: self._best_step),
+            preservation_policy=_Kept(keep, lambda: self._kept_steps),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
@@ -87,7 +89,7 @@ class Checkpoints:
         A step that is saved already stays as it is: its state can be no other, and a run stopped
         in an evaluation does that again anyway.
         """
-        self._best_step = progress.best_step
+        self._kept_steps = progress.best_step, progress.planned_step
         if step in self._manager.all_steps():
             return
         self.wait()
@@ -158,11 +160,14 @@ class Checkpoints:
         structure = jax.tree.structure(like._replace(frozen={}))
         return jax.tree.unflatten(structure, leaves)._replace(frozen=like.frozen), progress
 
-    def restore_params(self, step: int, like: Mapping[str, Any]) -> Params:
-        """This step's parameters alone; raises as `restore` does."""
-        prefix = f"params{_SEPARATOR}"
+    def restore_params(
+        self, step: int, like: Mapping[str, Any], *, average: bool = False
+    ) -> Params:
+        """This step's parameters alone, or their average; raises as `restore` does."""
+        item = "average" if average else "params"
+        prefix = f"{item}{_SEPARATOR}"
         named = {prefix + name: leaf for name, leaf in like.items()}
-        arrays, _ = self._read(step, {"params": named})
+        arrays, _ = self._read(step, {item: named})
         return {name.removeprefix(prefix): jax.numpy.asarray(a) for name, a in arrays.items()}
 
     def _read(
@@ -193,14 +198,16 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
 
-class _NewestAndBest(preservation_policy.PreservationPolicy):
-    def __init__(self, keep: int, best_step: Any) -> None:
-        self._keep, self._best_step = keep, best_step
+class _Kept(preservation_policy.PreservationPolicy):
+    """The newest few, the best, and the one that training may go back to."""
+
+    def __init__(self, keep: int, others: Callable[[], tuple[int, ...]]) -> None:
+        self._keep, self._others = keep, others
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
         oldest_kept = len(checkpoints) - self._keep
         return [
-            place >= oldest_kept or checkpoint.step == self._best_step()
+            place >= oldest_kept or checkpoint.step in self._others()
             for place, checkpoint in enumerate(checkpoints)
         ]
 
@@ -214,10 +221,12 @@ def _named(state: TrainState) -> dict[str, Any]:
 
 
 def _split(named: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parameters apart from the rest, so that they can be read alone."""
-    items: dict[str, dict[str, Any]] = {"params": {}, "rest": {}}
+    """The parameters and their average apart from the rest, so that they can be read alone."""
+    items: dict[str, dict[str, Any]] = {}
     for name, leaf in named.items():
-        items["params" if name.startswith(f"params{_SEPARATOR}") else "rest"][name] = leaf
+        field = name.partition(_SEPARATOR)[0]
+        item = field if field in ("params", "average") else "rest"
+        items.setdefault(item, {})[name] = leaf
     return items
 
 

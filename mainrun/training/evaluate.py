@@ -15,7 +15,7 @@ from jaxtyping import Float64, Int
 
 from mainrun.data.batches import Batch, Windows, take
 from mainrun.model.gpt import Network, Params
-from mainrun.training.step import TokenLoss, token_loss
+from mainrun.training.loss import TokenLoss, token_loss
 
 ScoreBatch = Callable[[Params, Batch], TokenLoss]
 

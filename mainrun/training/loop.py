@@ -8,12 +8,16 @@ device but reading metrics, and step n's are read after step n + 1 was dispatche
 import dataclasses
 import math
 import time
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import NoReturn, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
+from mainrun import config
 from mainrun.data.batches import Batch
 from mainrun.errors import RunFailed, Stopped
+from mainrun.training import divergence
 from mainrun.training.backend import peak_memory_bytes
 from mainrun.training.checkpoint import Progress
 from mainrun.training.step import Metrics, TrainState, TrainStep
@@ -21,20 +25,30 @@ from mainrun.training.step import Metrics, TrainState, TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """When things happen, in optimizer steps."""
+    """When things happen, in optimizer steps; and when enough is enough."""
 
     total_steps: int
     eval_every: int | None  # None: before the first and after the last step only
     checkpoint_every: int
     log_every: int
     tokens_per_step: int
+    patience: int | None = None  # evaluations without improvement
+    divergence: config.Divergence = dataclasses.field(default_factory=config.Divergence)
+    limit_at_min_scale: int = config.LossScale().limit_at_min
+    scales_loss: bool = False
 
     def evaluates(self, step: int) -> bool:
         regular = self.eval_every is not None and step % self.eval_every == 0
         return regular or step in (0, self.total_steps)
 
     def saves(self, step: int) -> bool:
-        return step > 0 and (step % self.checkpoint_every == 0 or step == self.total_steps)
+        if step == 0:
+            return self.divergence.action == "go_back"  # there must be something to go back to
+        return step % self.checkpoint_every == 0 or step == self.total_steps
+
+    def is_over(self, step: int, progress: Progress) -> bool:
+        is_patient = self.patience is None or progress.evaluations_since_best < self.patience
+        return step >= self.total_steps or not is_patient
 
 
 @runtime_checkable
@@ -48,7 +62,10 @@ class Surroundings(Protocol):
 
     def save(self, state: TrainState, progress: Progress, *, best: bool) -> None: ...
 
-    def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
+    def saved(self, step: int, like: TrainState) -> TrainState:
+        """The state of that step's checkpoint, with the frozen part of `like`."""
+
+    def log(self, event: str, step: int, fields: Mapping[str, float | str]) -> None: ...
 
     def stop_requested(self) -> bool: ...
 
@@ -56,34 +73,98 @@ class Surroundings(Protocol):
 def fit(
     state: TrainState, progress: Progress, train_step: TrainStep, plan: Plan, run: Surroundings
 ) -> tuple[TrainState, Progress]:
-    """The state after the last step. Raises Stopped once a requested stop is saved."""
+    """The state after the last step. Raises Stopped once a requested stop is saved.
+
+    Raises RunFailed where training diverges more often than the plan allows.
+    """
     pipeline = _Pipeline(plan, run, progress.train_seconds)
-    first_step = step = int(state.step)
+    returns, saved_step = int(state.guard.returns), int(state.step)
     while True:
-        due = plan.saves(step) and step > first_step
+        try:
+            return _steps(state, progress, train_step, plan, run, pipeline, saved_step)
+        except _Diverged as diverged:
+            returns += 1
+            if returns > plan.divergence.limit:
+                _fail(f"{diverged.reason}, after {returns - 1} returns to a checkpoint")
+            state, progress = _behind(diverged, run, returns), diverged.progress
+            saved_step = -1  # of the step that it goes on at there is no checkpoint
+
+
+def _steps(
+    state: TrainState,
+    progress: Progress,
+    train_step: TrainStep,
+    plan: Plan,
+    run: Surroundings,
+    pipeline: "_Pipeline",
+    saved_step: int,
+) -> tuple[TrainState, Progress]:
+    """`fit`, up to a step that is to be gone back from."""
+    step = int(state.step)
+    while True:
+        due = plan.saves(step) and (step > saved_step or step == 0)
         if plan.evaluates(step) and progress.evaluated_step < step:
-            progress = pipeline.drain(progress)
+            progress = pipeline.drain(state, progress)
             try:
                 loss = run.evaluate(state)
             except Stopped:
                 run.save(state, progress, best=False)
                 raise
-            progress = dataclasses.replace(progress, evaluated_step=step)
-            if loss < progress.best_loss:
-                progress = dataclasses.replace(progress, best_step=step, best_loss=loss)
-                due = due or step > 0
-        if due:
-            progress = pipeline.drain(progress)
+            progress = _evaluated(progress, step, loss)
+            due = due or (progress.best_step == step > 0)
+            if step < plan.total_steps and plan.is_over(step, progress):
+                run.log("stopped_early", step, {"best_step": progress.best_step})
+        is_over = plan.is_over(step, progress)
+        if plan.saves(step) or progress.best_step == step > 0:
+            progress = pipeline.drain(state, progress)
+            progress = dataclasses.replace(progress, planned_step=step)
+        if due or (is_over and step > saved_step):
+            progress = pipeline.drain(state, progress)
             run.save(state, progress, best=progress.best_step == step)
-        if step >= plan.total_steps:
+        if is_over:
             return state, progress
         if run.stop_requested():
-            progress = pipeline.drain(progress)
+            progress = pipeline.drain(state, progress)
             if not due:
                 run.save(state, progress, best=progress.best_step == step)
             raise Stopped
-        state = pipeline.dispatch(step, state, train_step)
+        state = pipeline.dispatch(step, state, progress, train_step)
         step += 1
+
+
+def _evaluated(progress: Progress, step: int, loss: float) -> Progress:
+    since_best = progress.evaluations_since_best + 1
+    progress = dataclasses.replace(progress, evaluated_step=step, evaluations_since_best=since_best)
+    if loss < progress.best_loss:
+        return dataclasses.replace(
+            progress, best_step=step, best_loss=loss, evaluations_since_best=0
+        )
+    return progress
+
+
+class _Diverged(Exception):
+    """A step is to be gone back from. Never leaves this module."""
+
+    def __init__(self, step: int, reason: str, state: TrainState, progress: Progress) -> None:
+        self.step, self.reason, self.state, self.progress = step, reason, state, progress
+
+
+def _behind(diverged: _Diverged, run: Surroundings, returns: int) -> TrainState:
+    """The newest planned checkpoint's state, to go on with behind the batches that diverged.
+
+    Chowdhery et al. 2022 (arXiv:2204.02311), section 5.1.
+    """
+    saved = run.saved(diverged.progress.planned_step, diverged.state)
+    fields: dict[str, float | str] = {"reason": diverged.reason, "to_step": int(saved.step)}
+    run.log("went_back", diverged.step, fields)
+    guard = saved.guard._replace(returns=jnp.asarray(returns, jnp.int32))
+    return saved._replace(step=jnp.asarray(diverged.step, jnp.int32), guard=guard)
+
+
+def _fail(reason: str) -> NoReturn:
+    raise RunFailed(
+        f"{reason}: training diverged; lower optimizer.learning_rate or lengthen schedule.warmup"
+    )
 
 
 class _Pipeline:
@@ -96,24 +177,30 @@ class _Pipeline:
         self._since = 0.0  # when the device began with the step that is waited for
         self._unlogged_steps, self._unlogged_seconds = 0, 0.0
 
-    def dispatch(self, step: int, state: TrainState, train_step: TrainStep) -> TrainState:
+    def dispatch(
+        self, step: int, state: TrainState, progress: Progress, train_step: TrainStep
+    ) -> TrainState:
         started = time.perf_counter()
         state, metrics = train_step(state, self._run.batch(step))
         if self._waiting is None:
             self._since = started
         else:
-            self._read()
+            self._read(state, progress)
         self._waiting = step + 1, metrics
         return state
 
-    def drain(self, progress: Progress) -> Progress:
+    def drain(self, state: TrainState, progress: Progress) -> Progress:
         """Read what is still on the device, so that it is logged before what comes next."""
         if self._waiting is not None:
-            self._read()
+            self._read(state, progress)
             self._waiting = None
         return dataclasses.replace(progress, train_seconds=self._train_seconds)
 
-    def _read(self) -> None:
+    def _read(self, state: TrainState, progress: Progress) -> None:
+        """Raises _Diverged for a step to go back from, RunFailed where there were too many.
+
+        `state` is that of the last step dispatched.
+        """
         assert self._waiting is not None
         step, on_device = self._waiting
         metrics = jax.device_get(on_device)
@@ -122,26 +209,66 @@ class _Pipeline:
         self._train_seconds += seconds
         self._unlogged_steps += 1
         self._unlogged_seconds += seconds
-        loss = float(metrics.loss)
-        if not math.isfinite(loss) or not math.isfinite(float(metrics.grad_norm)):
-            raise RunFailed(
-                f"the loss of step {step} is {loss} and its gradient norm {metrics.grad_norm}: "
-                "training diverged; lower optimizer.learning_rate or lengthen schedule.warmup"
-            )
+        if metrics.outcome != divergence.APPLIED:
+            self._skipped(step, metrics, state, progress)
         if step % self._plan.log_every == 0 or step == self._plan.total_steps:
-            mean_seconds = self._unlogged_seconds / self._unlogged_steps
-            self._unlogged_steps, self._unlogged_seconds = 0, 0.0
-            balance = float(metrics.balance_loss)
-            self._run.log_step(
-                step,
-                {
-                    "train/loss": loss,
-                    **({"train/balance_loss": balance} if balance else {}),
-                    "optimizer/learning_rate": float(metrics.learning_rate),
-                    "optimizer/grad_norm": float(metrics.grad_norm),
-                    "perf/step_ms": 1e3 * mean_seconds,
-                    "perf/tokens_per_second": self._plan.tokens_per_step / mean_seconds,
-                    "perf/peak_memory_bytes": peak_memory_bytes(),
-                    "elapsed_seconds": self._train_seconds,
-                },
+            self._log(step, metrics)
+
+    def _skipped(self, step: int, metrics: Metrics, state: TrainState, progress: Progress) -> None:
+        """Tells of a step that changed nothing, and does what the settings say."""
+        if metrics.outcome == divergence.OVERFLOWED:
+            self._overflowed(step, metrics)
+            return
+        plan = self._plan
+        reason = (
+            f"the loss of step {step} is {metrics.loss:.6g} and its gradient norm "
+            f"{metrics.grad_norm:.6g}"
+        )
+        if metrics.outcome == divergence.SPIKED:
+            reason += f", more than {plan.divergence.spike_deviations:g} deviations above the mean"
+        match plan.divergence.action:
+            case "stop":
+                _fail(reason)
+            case "go_back":
+                self._waiting = None  # the step after it is of no use
+                progress = dataclasses.replace(progress, train_seconds=self._train_seconds)
+                raise _Diverged(step, reason, state, progress)
+            case "skip":
+                self._run.log("step_skipped", step, {"reason": reason})
+                if metrics.in_a_row >= plan.divergence.limit:
+                    _fail(f"{reason}, the last of {metrics.in_a_row} such steps in a row")
+
+    def _overflowed(self, step: int, metrics: Metrics) -> None:
+        scale, times = float(metrics.loss_scale.scale), int(metrics.loss_scale.at_min)
+        reason = f"float16 gradients overflowed, the loss scale is now {scale:g}"
+        self._run.log("step_skipped", step, {"reason": reason})
+        if times >= self._plan.limit_at_min_scale:
+            raise RunFailed(
+                f"float16 gradients of step {step} overflow although the loss scale is at its "
+                f"least, {scale:g}, the last of {times} such steps in a row: set "
+                "training.precision=bfloat16, or lower training.loss_scale.min"
             )
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        mean_seconds = self._unlogged_seconds / self._unlogged_steps
+        self._unlogged_steps, self._unlogged_seconds = 0, 0.0
+        loss, objective = float(metrics.loss), float(metrics.objective)
+        told = {
+            "train/loss": loss,
+            "optimizer/learning_rate": float(metrics.learning_rate),
+            "optimizer/grad_norm": float(metrics.grad_norm),
+            "perf/step_ms": 1e3 * mean_seconds,
+            "perf/tokens_per_second": self._plan.tokens_per_step / mean_seconds,
+            "perf/peak_memory_bytes": peak_memory_bytes(),
+            "elapsed_seconds": self._train_seconds,
+        }
+        if objective != loss:
+            told["train/objective"] = objective
+        if metrics.balance_loss:
+            told["train/balance_loss"] = float(metrics.balance_loss)
+        if not math.isnan(metrics.noise_tokens):
+            told["noise/scale_tokens"] = float(metrics.noise_tokens)
+        if self._plan.scales_loss:
+            told["precision/loss_scale"] = float(metrics.loss_scale.scale)
+            told["precision/skipped_steps"] = int(metrics.loss_scale.overflows)
+        self._run.log("train_step", step, told)

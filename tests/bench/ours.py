@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,8 +46,12 @@ class Surroundings:
     def save(self, state: step.TrainState, progress: Progress, *, best: bool) -> None:
         pass
 
-    def log_step(self, step: int, metrics: dict[str, float]) -> None:
-        self.loss = metrics["train/loss"]
+    def saved(self, like: step.TrainState) -> step.TrainState:
+        raise AssertionError("nothing is saved, and the plan goes back to nothing")
+
+    def log(self, event: str, step: int, fields: Mapping[str, float | str]) -> None:
+        assert event == "train_step", fields
+        self.loss = float(fields["train/loss"])
 
     def stop_requested(self) -> bool:
         return False
@@ -64,12 +69,14 @@ def main(path: str) -> None:
             joined.network,
             joined.optimizer,
             joined.learning_rate,
+            run.training,
             micro_batches=joined.micro_batches,
             mask_documents=run.data.mask_documents,
+            samples=joined.samples,
         ),
         donate_argnums=0,
     )
-    state = jax.jit(lambda: step.init(joined.network, joined.optimizer, run.seed))()
+    state = jax.jit(lambda: step.init(joined.network, joined.optimizer, run.seed, run.training))()
     weights = np.load(settings["weights"])
     state = state._replace(params={name: jnp.array(weights[name]) for name in weights})
     surroundings = Surroundings(run, texts.train)

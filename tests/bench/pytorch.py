@@ -36,7 +36,11 @@ def settings(
     schedule = run.schedule
     assert isinstance(schedule, config.Cosine), "the PyTorch side knows the cosine only"
     optimizer = config.as_dict(run)["optimizer"]
-    warmup = schedule.warmup.in_steps(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    warmup = schedule.warmup.in_steps(
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        tokens_per_step=run.training.batch_size * run.data.context_length,
+    )
     return {
         "seed": run.seed,
         "batch_size": run.training.batch_size,
