@@ -1,0 +1,1 @@
+"""What corpora and finished runs are like: numbers, tables and pictures. Trains nothing."""
