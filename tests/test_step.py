@@ -1,5 +1,7 @@
 """The step is pure, exact under accumulation, random only by (key, step, example)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,3 +220,21 @@ def test_the_balance_of_experts_is_minimised_times_its_coefficient() -> None:
     assert float(other.objective) == pytest.approx(float(other.loss + 0.5 * other.balance_loss))
     router = "blocks.0.mlp.router.kernel"
     assert (np.asarray(plain.params[router]) != np.asarray(balanced.params[router])).any()
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_gpu_keeps_or_takes_the_state_as_a_cpu_does(applied: bool) -> None:
+    """On a CPU the step branches; what it does elsewhere is run here all the same."""
+    _, state, _ = make()
+
+    def updated(state: steps.TrainState) -> steps.TrainState:
+        return jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), state)
+
+    ways = [jax.jit(partial(way, jnp.asarray(applied), updated)) for way in (
+        steps._branch, steps._select
+    )]  # fmt: skip
+    branched, selected = (jax.tree.leaves(way(state)) for way in ways)
+    expected = jax.tree.leaves(updated(state) if applied else state)
+    for one, other, wanted in zip(branched, selected, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one, wanted)

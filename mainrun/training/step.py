@@ -7,6 +7,7 @@ parameters, moments and the schedule's count as they were.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -216,20 +217,23 @@ def make_train_step(
     return train_step
 
 
-def _where(
-    applied: Bool[Array, ""], updated: Callable[[TrainState], TrainState], state: TrainState
-) -> TrainState:
+_Update = Callable[[TrainState], TrainState]
+
+
+def _where(applied: Bool[Array, ""], updated: _Update, state: TrainState) -> TrainState:
     """The updated state, or the state as it is."""
-
-    def branch(state: TrainState) -> TrainState:
-        return jax.lax.cond(applied, updated, lambda same: same, state)
-
-    def select(state: TrainState) -> TrainState:
-        return jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated(state), state)
-
     # Selecting keeps moments twice on a CPU (964 MiB instead of 909 for the baseline with AdamW). A
     # GPU would wait for the host at a branch.
+    branch, select = partial(_branch, applied, updated), partial(_select, applied, updated)
     return jax.lax.platform_dependent(state, cpu=branch, default=select)
+
+
+def _branch(applied: Bool[Array, ""], updated: _Update, state: TrainState) -> TrainState:
+    return jax.lax.cond(applied, updated, lambda same: same, state)
+
+
+def _select(applied: Bool[Array, ""], updated: _Update, state: TrainState) -> TrainState:
+    return jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated(state), state)
 
 
 def _norms(gradient: Params, part: Batch, factor: Array | float) -> Norms:
