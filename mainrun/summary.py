@@ -178,14 +178,19 @@ def _tokens_seen(run_dir: Path, started: Mapping[str, Any], steps: int) -> int |
 
 
 def _noise(run_dir: Path, rows: Sequence[Row]) -> dict[str, Number] | None:
-    """The last gradient noise scale, and the batch of as many tokens beside the one that was."""
-    known = [row["noise/scale_tokens"] for row in rows if "noise/scale_tokens" in row]
-    settings = _settings(run_dir)
-    if settings is None or not known:
+    """The gradient noise scale, and the batch of as many tokens beside the one that was.
+
+    It grows as the loss falls, often a hundredfold: the median over the steps stands for the run.
+    """
+    scale, settings = median(rows, "noise/scale_tokens"), _settings(run_dir)
+    if settings is None or scale is None:
         return None
     return {
-        "scale_tokens": known[-1],
-        "suggested_batch_size": max(1, round(known[-1] / settings.data.context_length)),
+        "median_scale_tokens": scale,
+        "last_scale_tokens": next(
+            row["noise/scale_tokens"] for row in reversed(rows) if "noise/scale_tokens" in row
+        ),
+        "suggested_batch_size": max(1, round(scale / settings.data.context_length)),
         "batch_size": settings.training.batch_size,
     }
 
@@ -299,9 +304,10 @@ def _noise_words(noise: Mapping[str, Number] | None) -> str:
     if noise is None:
         return ""
     return (
-        f"{noise['scale_tokens']:,.0f} tokens, a batch of about {noise['suggested_batch_size']:,} "
-        f"sequences (here {noise['batch_size']:,}): a smaller one needs more steps, a larger one "
-        "more tokens"
+        f"{noise['median_scale_tokens']:,.0f} tokens in the median, "
+        f"{noise['last_scale_tokens']:,.0f} at the end: a batch of about "
+        f"{noise['suggested_batch_size']:,} sequences (here {noise['batch_size']:,}); a smaller "
+        "one needs more steps, a larger one more tokens"
     )
 
 

@@ -97,6 +97,62 @@ def test_sums_and_medians_of_a_resumed_run_count_no_voided_step(log: Log):
     assert result["wandb"] == {"mode": "offline", "id": "x", "url": None}
 
 
+def test_the_noise_scale_suggests_a_batch_by_its_median(log: Log):
+    log.start()
+    overrides = ["data.context_length=100", "training.batch_size=8"]
+    (log.run_dir / "config.yaml").write_text(config.to_yaml(config.load(None, overrides)))
+    for step, scale in enumerate((500.0, 1540.0, 90_000.0), start=1):
+        log("train_step", step, **{"train/loss": 1.0, "noise/scale_tokens": scale})
+    log("finished")
+    assert stored(log)["noise"] == {
+        "median_scale_tokens": 1540.0,
+        "last_scale_tokens": 90_000.0,
+        "suggested_batch_size": 15,
+        "batch_size": 8,
+    }
+    page = (log.run_dir / "summary.md").read_text()
+    assert "1,540 tokens in the median, 90,000 at the end: a batch of about 15 sequences" in page
+
+
+def test_without_micro_batches_nothing_is_said_of_noise(log: Log):
+    log.start()
+    log.train(1, 2)
+    assert stored(log)["noise"] is None
+    assert "noise" not in (log.run_dir / "summary.md").read_text()
+
+
+def test_skipped_steps_and_returns_count_once_however_often_they_were_walked(log: Log):
+    log.start()
+    log("step_skipped", 3, reason="x")
+    log("went_back", 4, reason="x", to_step=2)
+    log("tracking_started", wandb="disabled")
+    log("resumed", 2, overrides=[])
+    log("step_skipped", 3, reason="x")
+    log("went_back", 4, reason="x", to_step=2)
+    log("step_skipped", 6, reason="x")
+    log("finished")
+    stored(log)
+    page = (log.run_dir / "summary.md").read_text()
+    assert "| steps skipped | 2;" in page
+    assert "| returns to a checkpoint | 1;" in page
+
+
+def test_an_early_end_is_told_until_a_later_process_goes_on(log: Log):
+    log.start()
+    log.train(1, 2)
+    log("stopped_early", 2, best_step=1)
+    log("finished")
+    stored(log)
+    told = "| stopped early | at step 2, no better since 1 |"
+    assert told in (log.run_dir / "summary.md").read_text()
+    log("tracking_started", wandb="disabled")
+    log("resumed", 2, overrides=["training.patience=9"])
+    log.train(3)
+    log("finished")
+    stored(log)
+    assert "stopped early" not in (log.run_dir / "summary.md").read_text()
+
+
 def test_steps_that_are_not_recorded_took_time_too(log: Log):
     log.start()
     log.train(5, 10, ms=0.0)
