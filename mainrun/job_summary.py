@@ -19,6 +19,7 @@ from mainrun.environment import secret_values, without_secrets
 from mainrun.errors import RunFailed, UserError, one_line
 from mainrun.markdown import code, embedded, escaped, fenced, link, message, table
 from mainrun.record import read_events
+from mainrun.result import read_result, resume_command
 
 # GitHub refuses a page of more than 1 MiB: with the bounds of markdown.py and summary.py these keep
 # it below, whatever stands in the data.
@@ -108,9 +109,9 @@ def _run(job: Mapping[str, Any], runs: Path | None, secrets: Mapping[str, str]) 
     heading, checkpoint = f"## {escaped(folder.name)}", _newest_checkpoint(folder)
     try:
         events = without_secrets(read_events(folder / "events.jsonl"), secrets)
-        result = summary.summary(folder, events) | {"run_dir": job["run"]}
-        if result["resume_command"] == summary.resume_command(folder):
-            result["resume_command"] = summary.resume_command(Path(job["run"]))
+        result = read_result(folder, events) | {"run_dir": job["run"]}
+        if result["resume_command"] == resume_command(folder):
+            result["resume_command"] = resume_command(Path(job["run"]))
         shown = [heading, *map(embedded, summary.details(result, events))]
         return _Run(job["run"], shown, result, checkpoint)
     except _UNREADABLE as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mainrun.record import Row, metrics, read_events
-from mainrun.summary import by_loss, last_event, median, warm_rows
+from mainrun.result import by_loss, last_event, median, warm_rows
 
 TRAIN, VALIDATION, RAW = "#2a6fbb", "#d9541e", "#b9cfe8"
 _RAW_POINTS = 4000  # more than an image has columns to show

@@ -25,7 +25,7 @@ from mainrun.model.generate import generate
 from mainrun.model.gpt import Params, num_parameters
 from mainrun.origin import Base
 from mainrun.parts import Parts, Texts
-from mainrun.summary import resume_command
+from mainrun.result import resume_command
 from mainrun.tracking import Tracker, open_tracker
 from mainrun.training import backend, evaluate
 from mainrun.training.checkpoint import Checkpoints, Progress, Restored

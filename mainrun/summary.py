@@ -1,28 +1,22 @@
-"""What a run came to, read from its folder: `summary.json` and `summary.md`.
+"""What a run came to, told: `summary.json` for programs, `summary.md` and some lines for people.
 
-All of it is a view of the record and can be made again at any time, also of a run that was
-stopped, failed, or died in its first second: what it did not live to say is null, or is left out.
+All of it is a view of the record and can be made again at any time; what a run did not live to say
+is null, or is left out.
 """
 
 import json
-import math
 import os
 import shlex
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mainrun import config
 from mainrun.chart import loss_curve
 from mainrun.console import printable
-from mainrun.errors import UserError
 from mainrun.markdown import escaped, fenced, link, shortened, table
 from mainrun.record import Number, Row, metrics, read_events
+from mainrun.result import by_loss, last_event, read_result
 
-_ENDINGS = ("finished", "stopped", "failed")
-_NO_LAST_WORD = "the process ended without a last word: killed, or the machine went down"
 _SHOWN_EVALUATIONS = 10
 _SHOWN_SAMPLES = 20
 _SHOWN_CHARACTERS = 2000  # of a sample; the record has all of it
@@ -35,56 +29,10 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     second (the median over steps). Raises UserError where the folder has no record.
     """
     events = read_events(run_dir / "events.jsonl")
-    result = summary(run_dir, events)
+    result = read_result(run_dir, events)
     _write(run_dir / "summary.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     _write(run_dir / "summary.md", _markdown(result, events))
     return result
-
-
-def summary(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of `summary.json`."""
-    started = last_event(events, "run_started")
-    tracking = last_event(events, "tracking_started")
-    rows = metrics(events)
-    evaluations = [row for row in rows if "val/loss" in row]
-    steps = int(rows[-1]["step"]) if rows else 0
-    status, reason, again = _ending(events)
-    return {
-        "name": started.get("name", run_dir.resolve().name),
-        "run_dir": str(run_dir),
-        "status": status,
-        "reason": reason,
-        "steps": steps,
-        "total_steps": started.get("total_steps"),
-        "val/loss": {
-            "first": _point(evaluations[0]) if evaluations else None,
-            "last": _point(evaluations[-1]) if evaluations else None,
-            "best": _point(min(evaluations, key=by_loss)) if evaluations else None,
-        },
-        "last": _finite(rows[-1]) if rows else {},
-        "parameters": started.get("parameters"),
-        "trained_parameters": started.get("trained_parameters", started.get("parameters")),
-        "tokens_seen": _tokens_seen(run_dir, started, steps),
-        "device": started.get("device"),
-        "precision": started.get("precision"),
-        "compile_seconds": started.get("compile_seconds"),
-        "training_seconds": _training_seconds(rows),
-        "total_seconds": _total_seconds(events),
-        "noise": _noise(run_dir, rows),
-        "tokens_per_second": median(warm_rows(events, rows), "perf/tokens_per_second"),
-        "peak_memory_bytes": max((row.get("perf/peak_memory_bytes", 0) for row in rows), default=0)
-        or None,
-        "resume_command": None if status == "finished" else again or resume_command(run_dir),
-        "wandb": {
-            "mode": tracking.get("wandb"),
-            "id": tracking.get("wandb_id"),
-            "url": tracking.get("wandb_url"),
-        },
-    }
-
-
-def resume_command(run_dir: Path, overrides: Sequence[str] = ()) -> str:
-    return shlex.join(["mainrun", "resume", str(run_dir), *overrides])
 
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
@@ -113,130 +61,6 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     else:
         lines.append(f"to let it write: {shlex.join(['mainrun', 'generate', result['run_dir']])}")
     return lines
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading the record
-
-
-def last_event(events: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    """The last event of that name; without fields where there is none."""
-    found: Mapping[str, Any] = {}
-    for event in events:
-        if event["event"] == name:
-            found = event
-    return found
-
-
-def _processes(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The events of each process that worked on the run; a process begins with tracking_started."""
-    processes: list[list[Mapping[str, Any]]] = []
-    for event in events:
-        if event["event"] == "tracking_started" or not processes:
-            processes.append([])
-        processes[-1].append(event)
-    return processes
-
-
-def _ending(events: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, str | None]:
-    """Status, reason and resume command, as far as the last process came to say them."""
-    for event in reversed(_processes(events)[-1] if events else []):
-        if event["event"] in _ENDINGS:
-            return event["event"], event.get("reason"), event.get("resume_command")
-    return "failed", _NO_LAST_WORD, None
-
-
-def by_loss(row: Row) -> Number:
-    return row["val/loss"] if math.isfinite(row["val/loss"]) else math.inf
-
-
-def _point(row: Row) -> dict[str, Any]:
-    finite = _finite(row)
-    return {
-        "step": row["step"],
-        "value": finite["val/loss"],
-        "stderr": finite.get("val/loss_stderr"),
-    }
-
-
-def _finite(row: Row) -> dict[str, Number | None]:
-    """The row as JSON has it: null for what is no number."""
-    return {name: value if math.isfinite(value) else None for name, value in row.items()}
-
-
-def _tokens_seen(run_dir: Path, started: Mapping[str, Any], steps: int) -> int | None:
-    """Training tokens read, repeated ones counted again; padding is none.
-
-    A step reads batch × context places. Packing whole documents leaves some of them empty: an
-    epoch has no more tokens than the training split.
-    """
-    settings = _settings(run_dir)
-    if settings is None or not {"train_tokens", "steps_per_epoch"} <= started.keys():
-        return None
-    places = steps * settings.training.batch_size * settings.data.context_length
-    return min(places, round(started["train_tokens"] * steps / started["steps_per_epoch"]))
-
-
-def _noise(run_dir: Path, rows: Sequence[Row]) -> dict[str, Number] | None:
-    """The gradient noise scale, and the batch of as many tokens beside the one that was.
-
-    It grows as the loss falls, often a hundredfold: the median over the steps stands for the run.
-    """
-    scale, settings = median(rows, "noise/scale_tokens"), _settings(run_dir)
-    if settings is None or scale is None:
-        return None
-    return {
-        "median_scale_tokens": scale,
-        "last_scale_tokens": next(
-            row["noise/scale_tokens"] for row in reversed(rows) if "noise/scale_tokens" in row
-        ),
-        "suggested_batch_size": max(1, round(scale / settings.data.context_length)),
-        "batch_size": settings.training.batch_size,
-    }
-
-
-def _settings(run_dir: Path) -> config.Config | None:
-    try:
-        return config.load(run_dir / "config.yaml")
-    except (OSError, UserError):
-        return None
-
-
-def _training_seconds(rows: Iterable[Row]) -> Number:
-    """Time in optimizer steps only; a step not recorded counts as the next one that was."""
-    seconds, last = 0.0, 0.0
-    for row in rows:
-        if "perf/step_ms" in row:
-            seconds += row["perf/step_ms"] / 1000 * (row["step"] - last)
-            last = row["step"]
-    return round(seconds, 3)
-
-
-def _total_seconds(events: Sequence[Mapping[str, Any]]) -> float:
-    """Wall time of all processes of the run, from the first to the last event of each."""
-    seconds = 0.0
-    for process in _processes(events):
-        first, last = (datetime.fromisoformat(process[i]["timestamp"]) for i in (0, -1))
-        seconds += (last - first).total_seconds()
-    return round(seconds, 3)
-
-
-def warm_rows(events: Iterable[Mapping[str, Any]], rows: Iterable[Row]) -> list[Row]:
-    """The rows of trained steps, less the first of each process: it warms the device up."""
-    cold = set()
-    for process in _processes(events):
-        trained = (e["step"] for e in process if e["event"] == "train_step")
-        cold.update([next(trained, None)])
-    return [row for row in rows if "train/loss" in row and row["step"] not in cold]
-
-
-def median(rows: Iterable[Row], name: str) -> Number | None:
-    values = [row[name] for row in rows if name in row]
-    return statistics.median(values) if values else None
-
-
-# ---------------------------------------------------------------------------------------------
-# Words
 
 
 def _markdown(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:

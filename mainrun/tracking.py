@@ -18,6 +18,7 @@ from mainrun.console import Console
 from mainrun.environment import secret_values, without_secrets
 from mainrun.errors import RunFailed, Stopped, UserError, one_line
 from mainrun.record import Record, Table, read_events
+from mainrun.result import resume_command
 from mainrun.wandb_run import EXIT_CODES, Mode, WandbRun, check_wandb, new_id
 
 
@@ -114,7 +115,7 @@ def _end(tracker: Tracker, console: Console, run_dir: Path, error: BaseException
         ending = tracker.ending
     try:
         if tracker.ending != ending and isinstance(error, Stopped):
-            tracker.log("stopped", resume_command=summary.resume_command(run_dir))
+            tracker.log("stopped", resume_command=resume_command(run_dir))
         elif tracker.ending != ending and error is not None:
             tracker.log("failed", reason=_reason(error))
         elif tracker.ending != ending:

@@ -21,7 +21,10 @@ LAYERS = [
     ["errors"],
     ["yaml12", "complaints", "environment", "gpu", "locks", "stop"],
     ["config"],
-    ["host", "tracking + wandb_run + record + console + summary + plots + chart + markdown"],
+    [
+        "host",
+        "tracking + wandb_run + record + console + result + summary + plots + chart + markdown",
+    ],
     ["containers"],
     ["request", "ending"],
     ["launch", "dispatch", "images + builder", "machine + machine_report + runners", "job_summary"],

@@ -11,9 +11,10 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from mainrun import config, summary
+from mainrun import config
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.record import read_events
+from mainrun.result import read_result
 from mainrun.stop import StopSignal, listening
 from mainrun.sweep import child, search_space, sweep_summary
 from mainrun.sweep.child import MAINRUN, say
@@ -136,7 +137,7 @@ def _outcome(code: int, run_dir: Path, log: Path, metric: Metric, stopping: Stop
 
 def _is_finished(run_dir: Path) -> bool:
     path = run_dir / "events.jsonl"
-    return path.is_file() and summary.summary(run_dir, read_events(path))["status"] == "finished"
+    return path.is_file() and read_result(run_dir, read_events(path))["status"] == "finished"
 
 
 def _last_words(log: Path) -> str:

@@ -18,9 +18,10 @@ from types import MappingProxyType
 
 import yaml
 
-from mainrun import config, summary
+from mainrun import config
 from mainrun.errors import RunFailed, UserError
 from mainrun.record import metrics, read_events
+from mainrun.result import read_result
 from mainrun.sweep import search_space, sweep_file, sweep_summary
 from mainrun.sweep.search_space import Metric, SearchSpace
 from mainrun.sweep.study import Outcome, Trial
@@ -102,7 +103,7 @@ def tell(report: Report, *, result: bool) -> None:
 def outcome_of(run_dir: Path, metric: Metric) -> Outcome:
     """What the run in the folder came to, by its record; `running` where it was interrupted."""
     events = read_events(run_dir / "events.jsonl")
-    told = summary.summary(run_dir, events)
+    told = read_result(run_dir, events)
     seconds = float(told["total_seconds"])
     match told["status"]:
         case "stopped":
