@@ -28,6 +28,7 @@ def read_result(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str,
     evaluations = [row for row in rows if "val/loss" in row]
     steps = int(rows[-1]["step"]) if rows else 0
     status, reason, again = _ending(events)
+    settings = _settings(run_dir)
     return {
         "name": started.get("name", run_dir.resolve().name),
         "run_dir": str(run_dir),
@@ -43,13 +44,13 @@ def read_result(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str,
         "last": _finite(rows[-1]) if rows else {},
         "parameters": started.get("parameters"),
         "trained_parameters": started.get("trained_parameters", started.get("parameters")),
-        "tokens_seen": _tokens_seen(run_dir, started, steps),
+        "tokens_seen": _tokens_seen(settings, started, steps),
         "device": started.get("device"),
         "precision": started.get("precision"),
         "compile_seconds": started.get("compile_seconds"),
         "training_seconds": _training_seconds(rows),
         "total_seconds": _total_seconds(events),
-        "noise": _noise(run_dir, rows),
+        "noise": _noise(settings, rows),
         "tokens_per_second": median(warm_rows(events, rows), "perf/tokens_per_second"),
         "peak_memory_bytes": max((row.get("perf/peak_memory_bytes", 0) for row in rows), default=0)
         or None,
@@ -111,25 +112,26 @@ def _finite(row: Row) -> dict[str, Number | None]:
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
-def _tokens_seen(run_dir: Path, started: Mapping[str, Any], steps: int) -> int | None:
+def _tokens_seen(
+    settings: config.Config | None, started: Mapping[str, Any], steps: int
+) -> int | None:
     """Training tokens read, repeated ones counted again; padding is none.
 
     A step reads batch × context places. Packing whole documents leaves some of them empty: an
     epoch has no more tokens than the training split.
     """
-    settings = _settings(run_dir)
     if settings is None or not {"train_tokens", "steps_per_epoch"} <= started.keys():
         return None
     places = steps * settings.training.batch_size * settings.data.context_length
     return min(places, round(started["train_tokens"] * steps / started["steps_per_epoch"]))
 
 
-def _noise(run_dir: Path, rows: Sequence[Row]) -> dict[str, Number] | None:
+def _noise(settings: config.Config | None, rows: Sequence[Row]) -> dict[str, Number] | None:
     """The gradient noise scale, and the batch of as many tokens beside the one that was.
 
     It grows as the loss falls, often a hundredfold: the median over the steps stands for the run.
     """
-    scale, settings = median(rows, "noise/scale_tokens"), _settings(run_dir)
+    scale = median(rows, "noise/scale_tokens")
     if settings is None or scale is None:
         return None
     return {
@@ -143,6 +145,7 @@ def _noise(run_dir: Path, rows: Sequence[Row]) -> dict[str, Number] | None:
 
 
 def _settings(run_dir: Path) -> config.Config | None:
+    """The run's; None where its config is not there, or can no longer be read."""
     try:
         return config.load(run_dir / "config.yaml")
     except (OSError, UserError):

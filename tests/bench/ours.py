@@ -64,19 +64,8 @@ def main(path: str) -> None:
     run = config.load(Path(settings["config"]))
     texts = given.load_windows(Path(settings["windows"]))
     joined = parts.assemble(run, texts)
-    train_step = jax.jit(
-        step.make_train_step(
-            joined.network,
-            joined.optimizer,
-            joined.learning_rate,
-            run.training,
-            micro_batches=joined.micro_batches,
-            mask_documents=run.data.mask_documents,
-            samples=joined.samples,
-        ),
-        donate_argnums=0,
-    )
-    state = jax.jit(lambda: step.init(joined.network, joined.optimizer, run.seed, run.training))()
+    train_step = jax.jit(parts.train_step(run, joined), donate_argnums=0)
+    state = jax.jit(lambda: parts.initial_state(run, joined, None))()
     weights = np.load(settings["weights"])
     state = state._replace(params={name: jnp.array(weights[name]) for name in weights})
     surroundings = Surroundings(run, texts.train)
