@@ -127,14 +127,59 @@ def _sweep(options: argparse.Namespace) -> None:
         raise UserError("sweep takes one file, a search space such as config/sweep/quickstart.yaml")
     if Path(files[0]).is_file():
         _tell_all(sweep_file.read(Path(files[0])).notes)
-    start.run(
+    folder = start.run(
         Path(files[0]),
         [word for word in options.words if "=" in word],
         count=options.count,
         backend=options.backend,
         sweep_id=options.id,
         run_dir=options.run_dir,
+        population=options.population,
     )
+    from mainrun.analysis import report
+
+    try:
+        print(f"report: {report.report([folder], None)}")
+    except Exception as error:  # whatever it is, the trials are done, and it can be made again
+        _tell(f"no report: {error}; try `mainrun report {folder}`")
+
+
+def _report(options: argparse.Namespace) -> None:
+    if options.scaling:
+        from mainrun.analysis import scaling
+
+        print(scaling.report(options.folders, options.output))
+        return
+    from mainrun.analysis import report
+
+    print(report.report(options.folders, options.output))
+
+
+def _promote(options: argparse.Namespace) -> None:
+    from mainrun import config
+    from mainrun.sota import promotion
+
+    *folders, name = [word for word in options.words if "=" not in word] or [""]
+    if not folders:
+        raise UserError("promote takes run folders and, last, a name: mainrun promote runs/X NAME")
+    path = promotion.promote(
+        [Path(folder) for folder in folders],
+        name,
+        config.default_config_root(),
+        [word for word in options.words if "=" in word],
+        _tell,
+    )
+    print("\n".join(promotion.summary(path)))
+
+
+def _check_sota(options: argparse.Namespace) -> int:
+    from mainrun import config
+    from mainrun.sota import check
+
+    verdicts = check.again(options.names, config.default_config_root(), _tell)
+    for verdict in verdicts:
+        print(check.told(verdict))
+    return 0 if all(verdict.is_reproduced for verdict in verdicts) else 1
 
 
 def _launch(options: argparse.Namespace) -> int | None:
@@ -317,6 +362,9 @@ def _parser() -> argparse.ArgumentParser:
         ("find-lr", _find_lr, _find_lr_words, "the learning rate at which the loss falls fastest"),
         ("memory", _memory, _memory_words, "bytes of a training step, by part and as compiled"),
         ("sweep", _sweep, _sweep_words, "trials of a search space in W&B's format"),
+        ("report", _report, _report_words, "curves, tables and tests of a run, a sweep or several"),
+        ("promote", _promote, _promote_words, "a finished run's config and result in config/sota/"),
+        ("check-sota", _check_sota, _check_sota_words, "do promoted configs still reproduce"),
         ("launch", _launch, _launch_words, "a task in its container, cleaned up whatever happens"),
         ("image", _image, _image_words, "build, test, move and remove the containers' images"),
         ("gpu-status", _gpu_status, _gpu_status_words, "the machine's GPUs and what runs on them"),
@@ -409,8 +457,37 @@ def _sweep_words(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="*", metavar="FILE k=v", help=_OVERRIDES)
     command.add_argument("--count", type=_count, metavar="N", help="trials at most")
     command.add_argument("--backend", choices=("auto", "local", "wandb"), default="auto")
+    command.add_argument(
+        "--population", type=_population, metavar="N|auto", help="trials trained side by side"
+    )
     command.add_argument("--id", metavar="ENTITY/PROJECT/ID", help="a W&B sweep to join")
     command.add_argument("--run-dir", type=Path, metavar="DIR", help="new, or one to go on with")
+
+
+def _report_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR",
+        help="a run, a sweep, or several runs to compare",
+    )  # fmt: skip
+    command.add_argument(
+        "--output", type=Path, metavar="FILE.html",
+        help="default: report.html in the folder, or here for several; .md and PNGs beside it",
+    )  # fmt: skip
+    command.add_argument(
+        "--scaling", action="store_true", help="how loss falls with size, fitted to the runs"
+    )
+
+
+def _promote_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "words", nargs="*", metavar="RUN_DIR NAME k=v",
+        help="run folders of one config with different seeds, or a sweep; then the config's name; "
+        "k=v: what makes its check small, instead of what fits by itself",
+    )  # fmt: skip
+
+
+def _check_sota_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument("names", nargs="*", metavar="NAME", help="default: all of config/sota/")
 
 
 def _launch_words(command: argparse.ArgumentParser) -> None:
@@ -473,6 +550,10 @@ def _or_argument_error(checked: Callable[[str], str], text: str) -> str:
 
 def _count(text: str) -> int:
     return _at_least(1, int(text))
+
+
+def _population(text: str) -> int | None:
+    return None if text == "auto" else _count(text)
 
 
 def _whole(text: str) -> int:

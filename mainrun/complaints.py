@@ -1,10 +1,12 @@
 """What is said of a setting that does not fit: value, dotted path, place, what would be accepted.
 
-pydantic finds what is wrong; here its findings become one line in the user's own terms.
+pydantic finds what is wrong; here its findings become one line in the user's own terms. What the
+schema says is kept: finding it anew was most of what loading a config cost, 0.6 of 0.75 ms.
 """
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -35,30 +37,30 @@ def _line(
     origins: Mapping[str, str],
 ) -> str:
     error = errors[0]
-    place = _place([path], origins)
+    where = place([path], origins)
     given, context = error["input"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"unknown setting `{path}`{_nearest(path, schema)}{place}"
+            return f"unknown setting `{path}`{nearest(path, schema)}{where}"
         case "value_error":
             said = str(context["error"])
             named = re.findall(r"\w+(?:\.\w+)+", said)
             written = [name for name in named if name in origins]
             names_itself = not path or said.partition("=")[0] in all_paths(schema)
             prefix = "" if names_itself else f"{path}: "
-            return f"{prefix}{said}{_place(written or [*named, path], origins)}"
+            return f"{prefix}{said}{place(written or [*named, path], origins)}"
         case "literal_error":
-            return f"{path}={_show(given)}: accepted are {context['expected']}{place}"
+            return f"{path}={_show(given)}: accepted are {context['expected']}{where}"
         case "union_tag_invalid" | "union_tag_not_found" | "dict_type":
             kinds = ", ".join(repr(k) for cls in _classes_at(path, schema) for k in kinds_of(cls))
             if isinstance(given, Mapping):
-                return f"{path}.kind={_show(given.get('kind'))}: accepted are {kinds}{place}"
+                return f"{path}.kind={_show(given.get('kind'))}: accepted are {kinds}{where}"
             expected = f"a mapping of settings is expected, whose `kind` is one of {kinds}"
-            return f"{path}={_show(given)}: {expected}{place}"
+            return f"{path}={_show(given)}: {expected}{where}"
         case "missing":
-            return f"{path} is missing{place}"
+            return f"{path} is missing{where}"
         case _:
-            return f"{path}={_show(given)}: {_expectations(errors)}{place}"
+            return f"{path}={_show(given)}: {_expectations(errors)}{where}"
 
 
 def _expectations(errors: Sequence[Any]) -> str:
@@ -89,7 +91,7 @@ def _expectation(error: Any) -> str:
     return words.get(error["type"], error["msg"][:1].lower() + error["msg"][1:]).format(**context)
 
 
-def _place(paths: Sequence[str], origins: Mapping[str, str]) -> str:
+def place(paths: Sequence[str], origins: Mapping[str, str]) -> str:
     """` (file:line)` where the settings were written; what the command line says goes first."""
     found = dict.fromkeys(origin for path in paths if (origin := _origin(path, origins)))
     if not found:
@@ -126,9 +128,14 @@ def _is_name(part: str | int) -> bool:
     return not re.search(r"[-\[]", str(part))
 
 
-def _nearest(path: str, schema: type) -> str:
+def nearest(path: str, schema: type) -> str:
     """What to write instead: another kind, the same name elsewhere, a name spelt nearly so."""
     parent, _, name = path.rpartition(".")
+    if any(name in kinds_of(cls) for cls in _classes_at(parent, schema)):
+        return (
+            f": it is a kind, written {parent}.kind={name}; an override {path}.SETTING=… changes "
+            "what only that kind has"
+        )
     if ":" in name:
         return f"; write `{name.replace(':', ': ', 1)}` with a space after the colon"
     owners = [cls for cls in _classes_at(parent, schema) if name in _field_names(cls)]
@@ -151,7 +158,7 @@ def _nearest(path: str, schema: type) -> str:
 def all_paths(schema: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted path of the schema, of every variant."""
     for cls in dataclasses_in(schema):
-        hints = typing.get_type_hints(cls, include_extras=True)
+        hints = hints_of(cls)
         for field in dataclasses.fields(cls):
             dotted = f"{prefix}.{field.name}" if prefix else field.name
             yield dotted
@@ -160,15 +167,27 @@ def all_paths(schema: Any, prefix: str = "") -> Iterator[str]:
 
 def dataclasses_in(annotation: Any) -> list[type]:
     """The classes of settings that the annotation allows."""
+    return list(_dataclasses_in(annotation))
+
+
+@functools.cache
+def _dataclasses_in(annotation: Any) -> tuple[type, ...]:
     if typing.get_origin(annotation) in (Annotated, Union, types.UnionType):
-        return [c for arg in typing.get_args(annotation) for c in dataclasses_in(arg)]
+        return tuple(c for arg in typing.get_args(annotation) for c in _dataclasses_in(arg))
     is_class = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-    return [annotation] if is_class else []
+    return (annotation,) if is_class else ()
 
 
+@functools.cache
 def kinds_of(cls: type) -> tuple[str, ...]:
     """The values of its `kind`, by which a union knows the class; none where it has no `kind`."""
-    return typing.get_args(typing.get_type_hints(cls).get("kind"))
+    return typing.get_args(hints_of(cls).get("kind"))
+
+
+@functools.cache
+def hints_of(cls: type) -> Mapping[str, Any]:
+    """The type of each field."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _classes_at(path: str, schema: type) -> list[type]:
@@ -177,7 +196,7 @@ def _classes_at(path: str, schema: type) -> list[type]:
     for name in path.split(".") if path else ():
         if name.isdigit():  # a place in a list: what may stand there was found with its name
             continue
-        hints = [typing.get_type_hints(cls, include_extras=True).get(name) for cls in found]
+        hints = [hints_of(cls).get(name) for cls in found]
         inner = (cls for hint in hints for cls in (*dataclasses_in(hint), *_listed(hint)))
         found = list(dict.fromkeys(inner))
     return found

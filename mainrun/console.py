@@ -15,23 +15,38 @@ from typing import Any
 
 _PLAIN_SECONDS = 5.0  # between plain training lines, unless a twentieth of the run comes first
 _REFRESH_SECONDS = 0.1
+_OF_ITS_OWN = ("tracking_started", "run_started", "samples", "checkpoint")
+"""Events that matter to the watcher of this run alone."""
+
 _SHOWN_CHARACTERS = 200  # of a sample; the record has all of it
 
 
 class Console:
-    """A terminal that goes away (a closed ssh session) ends the showing, not the run."""
+    """A terminal that goes away (a closed ssh session) ends the showing, not the run.
 
-    def __init__(self, *, total_steps: int, first_step: int = 0) -> None:
+    With a `label` one of several runs speaks: there is no bar, each line begins with it, and only
+    what matters to the others' watcher is said.
+    """
+
+    def __init__(self, *, total_steps: int, first_step: int = 0, label: str | None = None) -> None:
+        self.is_one_of_several = label is not None
+        self._prefix = "" if label is None else f"{label}: "
         self._total_steps = total_steps
         self._first_step = first_step
         self._last_time = 0.0
         self._last_step: int | None = None
         self._origin: tuple[int, float] | None = None  # the first step told, and when
         self._progress: Any = None
-        if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb"):
+        if (
+            label is None
+            and sys.stderr.isatty()
+            and os.environ.get("TERM") not in (None, "", "dumb")
+        ):
             self._progress = _progress_bar(total_steps, first_step)
 
     def show(self, event: str, step: int | None, fields: Mapping[str, Any]) -> None:
+        if self.is_one_of_several and event in _OF_ITS_OWN:
+            return
         if event == "train_step" and step is not None:
             self._show_training(step, fields)
         else:
@@ -45,7 +60,7 @@ class Console:
                 self._progress.console.print(printable(text), markup=False, highlight=False)
                 self._progress.refresh()
             else:
-                sys.stderr.write(printable(text) + "\n")
+                sys.stderr.write(printable(self._prefix + text) + "\n")
                 sys.stderr.flush()
 
     def close(self) -> None:
@@ -65,14 +80,18 @@ class Console:
                 head, tail = _head(step, self._total_steps), self._tail(step, fields, now)
                 with contextlib.suppress(OSError):
                     self._progress.update(0, completed=step, head=head, tail=tail, refresh=True)
-        elif (
-            last
-            or self._last_step is None
-            or now - self._last_time >= _PLAIN_SECONDS
-            or (step - self._last_step) * 20 >= self._total_steps
-        ):
+        elif self._is_due(step, now, last):
             self._last_time, self._last_step = now, step
             self.line(f"{_head(step, self._total_steps)}  {self._tail(step, fields, now)}")
+
+    def _is_due(self, step: int, now: float, last: bool) -> bool:
+        """Whether a plain line is to be written for this step."""
+        if self._last_step is None:
+            return not self.is_one_of_several
+        if now - self._last_time >= _PLAIN_SECONDS:
+            return True
+        of_the_run = (step - self._last_step) * 20 >= self._total_steps
+        return (last or of_the_run) and not self.is_one_of_several
 
     def _tail(self, step: int, fields: Mapping[str, Any], now: float) -> str:
         parts = [

@@ -6,6 +6,7 @@ training, resuming and evaluating see the same data and the same network.
 
 from dataclasses import dataclass, replace
 
+import jax
 import optax
 from tokenizers import Tokenizer
 
@@ -155,7 +156,8 @@ def train_step(config: Config, joined: Parts) -> TrainStep:
 
 def initial_state(config: Config, joined: Parts, base: Params | None) -> TrainState:
     """The state before the first step, on the base's parameters where there is one."""
-    return step.init(joined.network, joined.optimizer, config.seed, config.training, base)
+    key = jax.random.key(config.seed)
+    return step.init(joined.network, joined.optimizer, key, config.training, base)
 
 
 def batch(config: Config, texts: Texts, index: int) -> Batch:

@@ -16,6 +16,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
+    reason: None = None  # it needs none
+
     def __init__(self, *, with_parent: bool = False) -> None:
         self.received: signal.Signals | None = None
         self._parent = os.getppid() if with_parent else None

@@ -84,20 +84,26 @@ class Tracker:
 
 @contextlib.contextmanager
 def open_tracker(
-    run_dir: Path, config: Config, *, total_steps: int, resume_step: int | None = None
+    run_dir: Path,
+    config: Config,
+    *,
+    total_steps: int,
+    resume_step: int | None = None,
+    label: str | None = None,
 ) -> Iterator[Tracker]:
     """A tracker for the run folder, which must exist; `resume_step` None starts a new record.
 
     However the block ends, the record says so (`finished`, `stopped` for Stopped, else `failed`
     with the reason, unless the block has said it), summary and plots are written, W&B is closed
-    and the result is printed. Raises UserError where another process writes the run, where a new
-    run finds an old record, or for W&B online without a key; RunFailed on a full disk.
+    and the result is printed, but for a run with a `label`, which is one of several. Raises
+    UserError where another process writes the run, where a new run finds an old record, or for
+    W&B online without a key; RunFailed on a full disk.
     """
     mode = check_wandb(config)
     record = Record(run_dir / "events.jsonl", resume=resume_step is not None)
     with contextlib.closing(record):
         known = [e["wandb_id"] for e in read_events(record.path) if "wandb_id" in e]
-        console = Console(total_steps=total_steps, first_step=resume_step or 0)
+        console = Console(total_steps=total_steps, first_step=resume_step or 0, label=label)
         tracker = Tracker(record, Table(run_dir / "metrics.csv", record.path), console)
         try:
             tracker.start_wandb(run_dir, config, mode, known[-1] if known else new_id(run_dir))
@@ -136,7 +142,8 @@ def _end(tracker: Tracker, console: Console, run_dir: Path, error: BaseException
                 tracker.log("warning", message=f"after the end: {_named(trouble)}")
     console.close()
     with contextlib.suppress(OSError):
-        sys.stdout.write("".join(f"{line}\n" for line in result))
+        if not console.is_one_of_several:
+            sys.stdout.write("".join(f"{line}\n" for line in result))
         sys.stdout.flush()
 
 

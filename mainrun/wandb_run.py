@@ -12,7 +12,7 @@ import re
 import secrets
 import shlex
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,18 +67,8 @@ class WandbRun:
         secrets: Mapping[str, str],
     ) -> None:
         self._run_dir, self._secrets = run_dir, secrets
-        # W&B keeps artifacts to be uploaded, and logs, in folders of the user's. Here they stay
-        # with the run, or a `wandb sync` from another container would not find them.
-        folder = (run_dir / "wandb").resolve()
-        folder.mkdir(exist_ok=True)
-        ours = {"WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")}
-        self._set_here = [name for name in ours if name not in os.environ]
-        os.environ.update({name: ours[name] for name in self._set_here})
-        try:
+        with self._own_folders():
             self._run = self._init(config, mode, run_id)
-        except BaseException:
-            self._restore_environment()
-            raise
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         folder = run_dir / "wandb" / Path(self._run.dir).parent.name
@@ -128,7 +118,29 @@ class WandbRun:
             wandb.teardown(exit_code=1)  # its process holds on to the id, and we try again offline
             raise
 
+    @contextlib.contextmanager
+    def _own_folders(self) -> Iterator[None]:
+        """In this block W&B keeps artifacts to be uploaded, and logs, with the run.
+
+        In folders of the user's, a `wandb sync` from another container would not find them. Not for
+        longer: the runs of a population take turns in one process.
+        """
+        folder = (self._run_dir / "wandb").resolve()
+        folder.mkdir(exist_ok=True)
+        ours = {"WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")}
+        set_here = [name for name in ours if name not in os.environ]
+        os.environ.update({name: ours[name] for name in set_here})
+        try:
+            yield
+        finally:
+            for name in set_here:
+                os.environ.pop(name, None)
+
     def tell(self, event: str, step: int | None, fields: Mapping[str, Any]) -> None:
+        with self._own_folders():
+            self._tell(event, step, fields)
+
+    def _tell(self, event: str, step: int | None, fields: Mapping[str, Any]) -> None:
         if event == "run_started":
             self._run.config.update({"run": dict(fields)}, allow_val_change=True)
         elif event == "samples":
@@ -142,6 +154,10 @@ class WandbRun:
             self._run.log({"step": step, **values})
 
     def finish(self, ending: str) -> None:
+        with self._own_folders():
+            self._finish(ending)
+
+    def _finish(self, ending: str) -> None:
         try:
             artifact = self._module.Artifact(f"{self.address['wandb_id']}-log", type="log")
             for name in ("events.jsonl", "summary.md", "summary.json", "config.yaml"):
@@ -156,15 +172,10 @@ class WandbRun:
                 self._run.mark_preempting()
         finally:
             self._run.finish(exit_code=EXIT_CODES[ending])
-            self._restore_environment()
 
     def _holds_secret(self, path: Path) -> bool:
         data = path.read_bytes()
         return any(os.fsencode(secret) in data for secret in self._secrets)
-
-    def _restore_environment(self) -> None:
-        for name in self._set_here:
-            os.environ.pop(name, None)
 
 
 def new_id(run_dir: Path) -> str:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "mainrun"
 # names joined by "+" are one concept in several files, which see each other as a package's do.
 LAYERS = [
     ["errors"],
-    ["yaml12", "complaints", "environment", "gpu", "locks", "stop"],
+    ["yaml12", "complaints", "promoted", "environment", "gpu", "locks", "stop"],
     ["config"],
     [
         "host",
@@ -35,8 +35,11 @@ LAYERS = [
     ["training"],
     ["parts", "folder", "origin"],
     ["trained", "memory"],
-    ["run", "learning_rate"],
-    ["sweep", "export", "analysis"],
+    ["compilation"],
+    ["opening + live_run", "learning_rate"],
+    ["run", "population"],
+    ["sweep", "export"],
+    ["analysis", "sota"],
     ["cli"],
     ["__main__"],
 ]

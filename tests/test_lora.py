@@ -240,7 +240,9 @@ def train(
     one = jax.jit(
         step.make_train_step(net, optimizer, rate, training, micro_batches=1, mask_documents=False)
     )
-    state = jax.jit(lambda params: step.init(net, optimizer, 0, training, params))(on)
+    state = jax.jit(lambda params: step.init(net, optimizer, jax.random.key(0), training, params))(
+        on
+    )
     states, losses = [state], []
     for _ in range(4):
         state, metrics = one(state, batch())

@@ -165,7 +165,7 @@ def first_state(kind: Any, precision: str) -> Callable[[], TrainState]:
     training = config.Training(precision=precision)
     rate = optax.constant_schedule(0.0)
     optimizer = optimizers.optimizer(tuned(kind), rate, training.grad_clip)
-    return jax.jit(lambda: steps.init(network(precision), optimizer, 0, training))
+    return jax.jit(lambda: steps.init(network(precision), optimizer, jax.random.key(0), training))
 
 
 def some_batch() -> Batch:

@@ -78,7 +78,7 @@ def made(precision: str) -> tuple[TrainStep, TrainState]:
             network, optimizer, CONSTANT, training, micro_batches=2, mask_documents=False
         )
     )
-    return step, jax.jit(lambda: steps.init(network, optimizer, 0, training))()
+    return step, jax.jit(lambda: steps.init(network, optimizer, jax.random.key(0), training))()
 
 
 def gradient(state: TrainState) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from mainrun import cli, config
 from mainrun.config import report_names
 from mainrun.errors import UserError
 from mainrun.sweep import search_space, sweep_file
-from mainrun.sweep.search_space import Choices, Fixed
+from mainrun.sweep.distribution import Choices, Fixed
 
 ROOT = config.default_config_root()
 

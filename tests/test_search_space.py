@@ -1,7 +1,8 @@
 """What a sweep searches: W&B's format read, the grid spanned, nonsense refused with its line."""
 
 import itertools
-import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,11 @@ from mainrun import config, yaml12
 from mainrun.errors import UserError
 from mainrun.record import read_events
 from mainrun.sweep import search_space, sweep_file
-from mainrun.sweep.search_space import (
-    METRICS,
-    Choices,
-    Fixed,
-    Integers,
-    Interval,
-    Multiples,
-    SearchSpace,
-    as_overrides,
-    grid_point,
-    grid_size,
-    num_values,
-)
+from mainrun.sweep.distribution import Choices, Fixed, Integers, Interval, Multiples, num_values
+from mainrun.sweep.hyperband import Hyperband
+from mainrun.sweep.metric import AVERAGE_METRICS, METRICS, Metric
+from mainrun.sweep.search_space import SearchSpace, as_overrides, grid_point, grid_size
+from tests.conftest import Mainrun
 
 ROOT = config.default_config_root()
 
@@ -66,6 +59,14 @@ def complaint(tmp_path: Path, parameters: str, head: str = "method: random") -> 
             "{distribution: q_log_uniform_values, min: 1, max: 64, q: 8}",
             Multiples(8, 1, 8, log=True),
         ),
+        # Exponents of e, W&B's older words; that 1/x is log-uniform is the same as that x is.
+        ("{distribution: log_uniform, min: 0, max: 2}", Interval(1.0, math.exp(2), log=True)),
+        ("{distribution: inv_log_uniform, min: -2, max: 0}", Interval(1.0, math.exp(2), log=True)),
+        (
+            "{distribution: inv_log_uniform_values, min: 1e-4, max: 1}",
+            Interval(1e-4, 1.0, log=True),
+        ),
+        ("{distribution: q_log_uniform, min: 0, max: 3, q: 4}", Multiples(4, 1, 5, log=True)),
     ],
 )
 def test_every_distribution_of_wandb_is_read(
@@ -108,7 +109,9 @@ def test_what_is_stored_and_registered_reads_back_as_the_same_search(tmp_path: P
         "model.d_model: {distribution: q_log_uniform_values, q: 8, min: 8, max: 64}\n"
         "training.batch_size: {min: 1, max: 8}\nseed: {value: 3}\n"
         "schedule.warmup: {values: [{steps: 10}, {fraction: 0.1}]}",
-        "method: bayes\nname: a name\nrun_cap: 5\nmetric: {name: val/bits_per_byte}\n"
+        "method: bayes\nname: a name\nrun_cap: 5\n"
+        "metric: {name: val/bits_per_byte, target: 1.5, impute: worst}\n"
+        "early_terminate: {type: hyperband, max_iter: 27, s: 2, eta: 3}\n"
         'command: [mainrun, train, base.yaml, data.order=shuffled, "${args_no_hyphens}"]',
     )
     definition = sweep_file.definition(written)
@@ -116,6 +119,8 @@ def test_what_is_stored_and_registered_reads_back_as_the_same_search(tmp_path: P
     again.write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf-8")
     read = sweep_file.read(again)
     assert read.is_same_search(written)
+    assert read.metric == Metric("val/bits_per_byte", "minimize", target=1.5, impute="worst")
+    assert read.early_terminate == written.early_terminate == Hyperband((3, 9), 3.0)
     assert (read.config, read.overrides) == (written.config, written.overrides)
     assert (read.name, read.run_cap) == ("a name", 5)
     # W&B reads YAML 1.1 and passes what it has read: no number may have become a word.
@@ -171,8 +176,18 @@ def test_a_grid_over_endlessly_many_values_is_refused(tmp_path: Path):
         ("seed: 5", "a parameter is a mapping, such as {value: 5}"),
         ("seed: {vales: [1]}", "`seed` has an unknown key `vales`; did you mean `values`?"),
         ("seed: {value: 1, min: 1}", "distribution constant has no `min`"),
-        ("seed: {distribution: normal, mu: 1}", "unknown key `mu`"),
-        ("seed: {distribution: beta}", "distribution='beta': accepted are constant"),
+        (
+            "seed: {distribution: normal, mu: 1}",
+            "distribution='normal' cannot be had here, where values are searched between bounds: "
+            "write uniform with min and max",
+        ),
+        ("seed: {distribution: q_log_normal}", "write q_log_uniform_values with min and max"),
+        ("seed: {distribution: beta, a: 2, b: 2}", "write uniform with min and max"),
+        ("seed: {distribution: gamma}", "distribution='gamma': accepted are constant"),
+        ("seed: {values: [1, 2], probabilities: [0.1, 0.9]}", "leave them out"),
+        ("seed: {distribution: categorical_w_probabilities, values: [1]}", "leave them out"),
+        ("seed: {distribution: log_uniform, min: 0, max: 800}", "exponents of e, too large here"),
+        ("seed: {value: 1, mu: 1}", "distribution constant has no `mu`"),
         ("seed: {distribution: q_uniform, q: 0, min: 1, max: 2}", "q=0: must be above 0"),
         ("seed: {distribution: q_uniform, q: 9, min: 1, max: 2}", "no multiple of q=9 lies"),
         ("seed: {distribution: log_uniform_values, min: 0, max: 2}", "min=0: must be above 0"),
@@ -203,6 +218,24 @@ def test_a_parameter_that_cannot_be_is_refused_with_its_line(
         ),
         ("method: random\nmetric: {name: val/loss, goal: min}", "metric.goal='min': accepted are"),
         ("method: random\nmetric: val/loss", "`metric` has a `name` and a `goal`"),
+        (
+            "method: random\nmetric: {nam: val/loss}",
+            "2: `metric` has an unknown key `nam`; did you",
+        ),
+        ("method: random\nmetric: {target: low}", "metric.target='low': a number is expected"),
+        ("method: random\nmetric: {impute: mean}", "metric.impute='mean': accepted are latest"),
+        (
+            "method: random\nmetric: {name: val_average/loss}",
+            "2: metric.name=val_average/loss is never logged with training.weight_average=null",
+        ),
+        (
+            "method: random\nearly_terminate: {type: hyperband, min_iter: 0}",
+            "2: early_terminate.min_iter=0: a whole number above 0 is expected",
+        ),
+        ("method: custom", "method='custom': accepted are grid, random, bayes"),
+        ("method: random\njob: x", "2: `job` cannot be had: it is for W&B Launch"),
+        ("method: random\nscheduler: {engine: ax}", "`scheduler` cannot be had: what chooses"),
+        ("method: random\ncontroller: {type: local}", "accepted is {type: cloud}"),
         ("method: random\nrun_cap: 0", "2: run_cap=0: a whole number of trials"),
         ("method: random\nprogram: train.py", "program='train.py': every trial is a `mainrun"),
         ("method: random\ncommand: mainrun train", "2: `command` is a list of words"),
@@ -241,6 +274,156 @@ def test_a_value_that_fits_only_together_with_another_is_no_mistake(tmp_path: Pa
     assert "not divisible" in complaint(tmp_path, "model.attention.num_heads: {values: [4, 6]}")
 
 
+AVERAGED = "method: random\nmetric: {name: val_average/loss}"
+
+
+def test_the_average_may_be_asked_for_where_every_trial_has_one(tmp_path: Path):
+    head = (
+        f'{AVERAGED}\ncommand: [mainrun, train, "training.weight_average={{kind: ema}}", '
+        '"${args_no_hyphens}"]'
+    )
+    search_space.check(space(tmp_path, "seed: {values: [1, 2]}", head))
+    kinds = "training.weight_average.kind: {values: [ema, swa]}\nseed: {values: [1, 2]}"
+    search_space.check(space(tmp_path, kinds, AVERAGED))
+    some = "training.weight_average: {values: [{kind: ema}, null]}"
+    said = complaint(tmp_path, some, AVERAGED)
+    assert said.startswith("sweep.yaml:4: metric.name=val_average/loss is never logged with")
+
+
+# -------------------------------------------------------------------------------------------
+# Settings of one kind
+
+
+KINDS = "model.mlp.kind: {values: [gelu, moe]}\n"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        f"{KINDS}model.mlp.moe.top_k: {{values: [1, 2]}}",
+        f"model.mlp.moe.top_k: {{values: [1, 2]}}\n{KINDS}",
+        "model.mlp: {values: [{kind: gelu}, {kind: moe}]}\nmodel.mlp.moe.top_k: {value: 1}",
+        "model: {parameters: {mlp: {parameters: {kind: {values: [gelu, moe]}, moe: "
+        "{parameters: {top_k: {values: [1, 2]}}}}}}}",
+        f"model.mlp.kind: {{values: [{'gelu, ' * 999}moe]}}\nmodel.mlp.moe.top_k: {{value: 1}}",
+        "model.attention.kind: {values: [causal, sparse]}\n"
+        "model.attention.sparse.pattern.fixed.stride: {values: [16, 32]}",
+    ],
+)
+def test_a_parameter_may_be_said_of_one_kind(tmp_path: Path, parameters: str):
+    search_space.check(space(tmp_path, parameters))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        (f"{KINDS}model.mlp.moe.top_k: {{values: [1, 9]}}", "4: model.mlp.top_k=9 is more than"),
+        (f"{KINDS}model.mlp.gelu.top_k: {{value: 1}}", "4: unknown setting `model.mlp.gelu.top_k`"),
+        (f"{KINDS}model.mlp.mo.top_k: {{value: 1}}", "4: unknown setting `model.mlp.mo`"),
+        (
+            "model.mlp.moe.top_k: {values: [1, 2]}",
+            "3: `model.mlp.moe.top_k` changes nothing: no trial has model.mlp.kind=moe",
+        ),
+        (
+            f"{KINDS}model.mlp.relu.hidden: {{value: 8}}",
+            "4: `model.mlp.relu.hidden` changes nothing: no trial has model.mlp.kind=relu",
+        ),
+    ],
+)
+def test_a_parameter_of_a_kind_is_checked_where_it_holds(
+    tmp_path: Path, parameters: str, said: str
+):
+    assert f"sweep.yaml:{said}" in complaint(tmp_path, parameters)
+
+
+def test_what_the_command_says_of_a_kind_must_hold_for_the_base(tmp_path: Path):
+    """Trials start from what the base became, in which it would be lost."""
+    head = 'method: random\ncommand: [mainrun, train, {}, "${{args_no_hyphens}}"]'
+    said = complaint(tmp_path, KINDS.strip(), head.format("model.mlp.moe.top_k=1"))
+    assert "`model.mlp.moe.top_k` is said of a kind that the base config has not" in said
+    assert "make it a parameter" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "clashes"),
+    [
+        ("model.mlp.hidden=8", True),
+        ("model.mlp.moe.hidden=8", True),
+        ("model.mlp={kind: moe}", True),
+        ("model.mlp.gelu.hidden=8", False),
+        ("model.mlp.moe.top_k=1", False),
+        ("model.mlp.kind=moe", False),
+    ],
+)
+def test_an_override_may_not_say_what_a_parameter_of_a_kind_does(
+    tmp_path: Path, override: str, clashes: bool
+):
+    found = space(tmp_path, "model.mlp.moe.hidden: {values: [8, 16]}")
+    if clashes:
+        with pytest.raises(UserError, match=r"`model.mlp.moe.hidden` is a parameter of the sweep"):
+            search_space.with_overrides(found, [override])
+    else:
+        search_space.with_overrides(found, [override])
+
+
+def test_what_trials_start_from_keeps_auto(tmp_path: Path):
+    """Or the heads of the base would be those of every width."""
+    head = (
+        "method: grid\ncommand: [mainrun, train, model.attention.num_heads=auto, "
+        'model.d_model=64, "${args_no_hyphens}"]'
+    )
+    found = space(tmp_path, "model.num_layers: {values: [1, 2]}", head)
+    base = tmp_path / "base.yaml"
+    base.write_text(search_space.base_yaml(found), encoding="utf-8")
+    assert config.load(base) == search_space.base_config(found)
+    assert config.load(base).model.attention.num_heads == 1
+    assert config.load(base, ["model.d_model=256"]).model.attention.num_heads == 4
+
+
+# -------------------------------------------------------------------------------------------
+# The points of a grid, one by one
+
+
+def test_points_that_are_no_config_are_counted_by_reason(tmp_path: Path):
+    found = space(
+        tmp_path,
+        "model.d_model: {values: [96, 100, 128]}\nmodel.attention.num_heads: {values: [4, 8]}\n"
+        "training.grad_accumulation: {values: [1, 3]}",
+        "method: grid",
+    )
+    counted = search_space.grid(found)
+    assert counted is not None
+    assert (counted.points, counted.repeated) == (12, 0)
+    heads = "model.d_model=100 is not divisible by model.attention.num_heads=8"
+    assert counted.impossible[heads] == 2
+    reason = "training.batch_size=32 is not divisible by training.grad_accumulation=3"
+    assert counted.impossible[reason] == 5
+    assert counted.impossible.total() == 7
+    points = [grid_point(found, index) for index in range(12)]
+    refused = [point for point in points if not loads(found, point)]
+    assert len(refused) == 7
+
+
+def test_points_that_differ_in_nothing_that_is_used_are_counted(tmp_path: Path):
+    parameters = f"{KINDS}model.mlp.moe.top_k: {{values: [1, 2, 3]}}\nseed: {{values: [1, 2]}}"
+    counted = search_space.grid(space(tmp_path, parameters, "method: grid"))
+    assert counted == search_space.Grid(points=12, impossible=Counter(), repeated=4)
+
+
+def test_a_large_grid_is_not_looked_at(tmp_path: Path):
+    found = space(tmp_path, "seed: {min: 1, max: 1000}\nmodel.num_layers: {min: 1, max: 11}",
+                  "method: grid")  # fmt: skip
+    assert search_space.grid(found) is None
+
+
+def loads(found: SearchSpace, values: dict) -> bool:
+    try:
+        config.load(ROOT / "base" / "quickstart.yaml", as_overrides(values))
+    except UserError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("override", ["model.dropout=0", "--model.dropout=0", "model={dropout: 0}"])
 def test_an_override_of_what_is_searched_is_refused(tmp_path: Path, override: str):
     found = space(tmp_path, "model.dropout: {values: [0.1]}")
@@ -267,32 +450,22 @@ def test_a_value_survives_the_command_line(value: object):
 
 
 def test_every_metric_that_a_sweep_may_ask_for_is_logged(finished_run: Path):
-    events = read_events(finished_run / "events.jsonl")
-    (logged, *_) = [event for event in events if event["event"] == "evaluation"]
-    assert set(METRICS) <= logged.keys()
+    assert set(METRICS) <= logged(finished_run)
+    assert not set(AVERAGE_METRICS) & logged(finished_run)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_sweep_is_valid_point_by_point(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(ROOT.parent)
-    shipped = sweep_file.read(path)
-    search_space.check(shipped)
-    assert shipped.run_cap or shipped.method == "grid", "a sweep that ends without --count"
-    assert shipped.config is not None
-    if shipped.method == "grid":
-        for index in range(grid_size(shipped)):
-            config.load(shipped.config, as_overrides(grid_point(shipped, index)))
+@pytest.mark.slow
+def test_those_of_the_average_are_logged_where_there_is_one(
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+):
+    words = ["training.weight_average.kind=ema", "training.max_steps=2"]
+    mainrun("train", *tiny, *words, "--run-dir", tmp_path / "run")
+    assert {*METRICS, *AVERAGE_METRICS} <= logged(tmp_path / "run")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
-def test_wandb_itself_reads_the_same_numbers_in_every_shipped_sweep(path: Path):
-    """PyYAML takes 1e-3 for a word; `wandb sweep FILE` by hand must not."""
-    shipped = sweep_file.definition(sweep_file.read(path))["parameters"]
-    for name, spec in yaml.safe_load(path.read_text())["parameters"].items():
-        told = {key: value for key, value in spec.items() if key in shipped[name]}
-        assert json.dumps(told, sort_keys=True) == json.dumps(
-            {key: shipped[name][key] for key in told}, sort_keys=True
-        )
+def logged(run_dir: Path) -> set[str]:
+    events = read_events(run_dir / "events.jsonl")
+    return set(next(event for event in events if event["event"] == "evaluation"))
 
 
 def test_only_an_interval_has_no_end():

@@ -52,7 +52,11 @@ def make(
         mask_documents=mask_documents,
         samples=samples,
     )
-    return jax.jit(step), jax.jit(lambda: steps.init(network, optimizer, 0, training))(), network
+    return (
+        jax.jit(step),
+        jax.jit(lambda: steps.init(network, optimizer, jax.random.key(0), training))(),
+        network,
+    )
 
 
 @pytest.mark.parametrize(("micro_batches", "dropout"), [(2, 0.0), (4, 0.3), (8, 0.3)])
@@ -192,7 +196,9 @@ def test_bfloat16_trains_as_float32_does_with_float32_weights() -> None:
 def test_the_same_seed_makes_the_same_state_and_another_another() -> None:
     network = tiny()
     optimizer = optimizers.optimizer(config.Sgd(), CONSTANT, None)
-    one, same, other = (steps.init(network, optimizer, seed, PLAIN) for seed in (1, 1, 2))
+    one, same, other = (
+        steps.init(network, optimizer, jax.random.key(seed), PLAIN) for seed in (1, 1, 2)
+    )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):
         np.testing.assert_array_equal(a, b)
     name = "blocks.0.mlp.up.kernel"
@@ -212,7 +218,8 @@ def test_the_balance_of_experts_is_minimised_times_its_coefficient() -> None:
         step = steps.make_train_step(
             network, optimizer, CONSTANT, PLAIN, micro_batches=1, mask_documents=False
         )
-        state = jax.jit(lambda n=network, o=optimizer: steps.init(n, o, 0, PLAIN))()
+        make = partial(steps.init, network, optimizer, jax.random.key(0), PLAIN)
+        state = jax.jit(make)()
         found[coefficient] = jax.jit(step)(state, some_batch())
     (plain, told), (balanced, other) = found[0.0], found[0.5]
     assert float(told.balance_loss) == float(other.balance_loss) >= 1

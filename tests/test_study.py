@@ -2,27 +2,25 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
 from mainrun.errors import RunFailed, UserError
-from mainrun.sweep.search_space import (
-    Choices,
-    Distribution,
-    Fixed,
-    Goal,
-    Integers,
-    Interval,
-    Method,
-    Metric,
-    Multiples,
-    SearchSpace,
-)
-from mainrun.sweep.study import Outcome, Study, next_values
+from mainrun.sweep.distribution import Choices, Distribution, Fixed, Integers, Interval, Multiples
+from mainrun.sweep.hyperband import Hyperband
+from mainrun.sweep.metric import Goal, Metric
+from mainrun.sweep.sampler import next_values
+from mainrun.sweep.search_space import Method, SearchSpace
+from mainrun.sweep.study import Outcome, Study, Trial
 
 DRAWS = 400
 
@@ -111,14 +109,25 @@ def quadratic(values: dict) -> float:
     return (values["x"] - 0.3) ** 2
 
 
-def walk(path: Path, searched: SearchSpace, trials: int, seed: int = 0) -> list[dict]:
+def study_in(folder: Path, searched: SearchSpace, seed: int = 0, worker: str = "") -> Study:
+    folder.mkdir(exist_ok=True)
+    return Study(folder, searched, seed, worker)
+
+
+def begun(study: Study) -> Trial:
+    trial = study.begin()
+    assert trial is not None
+    return trial
+
+
+def walk(folder: Path, searched: SearchSpace, trials: int, seed: int = 0) -> list[dict]:
     """The values of the trials, each told its result before the next begins."""
-    study = Study(path, searched, seed)
-    for _ in range(trials - len(study.trials())):
-        trial = study.begin()
+    study = study_in(folder, searched, seed)
+    study.want(trials)
+    while trial := study.begin():
         study.finish(trial, Outcome("finished", value=quadratic(dict(trial.values)), step=1))
     study.close()
-    return [dict(trial.values) for trial in study.trials()]
+    return [dict(trial.values) for trial in study_in(folder, searched, seed).trials()]
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
@@ -131,6 +140,14 @@ def test_a_sweep_in_pieces_has_the_trials_of_one_in_one_piece(tmp_path: Path, me
     assert all(values["y"] == 1 for values in whole)
     assert len({values["x"] for values in whole}) == 14
     assert walk(tmp_path / "other", searched, 14, seed=1) != whole
+
+
+def test_the_first_four_trials_of_bayes_are_those_of_random(tmp_path: Path):
+    one, other = (
+        walk(tmp_path / method, space(method, x=Interval(0.0, 1.0, log=False)), 5)
+        for method in ("bayes", "random")
+    )
+    assert [one[i] == other[i] for i in range(5)] == [True] * 4 + [False]
 
 
 @pytest.mark.parametrize(
@@ -147,52 +164,141 @@ def test_bayes_looks_where_the_metric_was_good(
 
 
 def test_a_failed_trial_teaches_nothing_but_keeps_its_number_and_reason(tmp_path: Path):
-    study = Study(tmp_path / "study", space("grid", x=Integers(1, 3)), 0)
-    study.finish(study.begin(), Outcome("failed", reason="out of memory"))
-    study.finish(study.begin(), Outcome("finished", value=2.0, stderr=0.5, step=7, seconds=1.5))
-    study.begin()
+    searched = space("grid", x=Integers(1, 3))
+    study = study_in(tmp_path / "a", searched)
+    study.finish(begun(study), Outcome("failed", reason="out of memory"))
+    study.finish(begun(study), Outcome("finished", value=2.0, stderr=0.5, step=7, seconds=1.5))
+    begun(study)
+    assert study.begin() is None, "a grid has an end"
     study.close()
-    failed, finished, begun = Study(tmp_path / "study", space("grid", x=Integers(1, 3)), 0).trials()
+    failed, finished, last = study_in(tmp_path / "a", searched).trials()
     assert (failed.number, failed.outcome) == (1, Outcome("failed", reason="out of memory"))
     assert finished.outcome == Outcome("finished", value=2.0, stderr=0.5, step=7, seconds=1.5)
-    assert (begun.number, begun.values, begun.outcome.status) == (3, {"x": 3}, "running")
+    assert (last.number, last.values, last.outcome.status) == (3, {"x": 3}, "running")
+
+
+def test_what_is_refused_is_written_down_and_does_not_count(tmp_path: Path):
+    study = study_in(tmp_path / "a", space("grid", x=Integers(1, 6)))
+    study.want(2)
+
+    def odd(values: Mapping[str, Any]) -> str | None:
+        return "odd" if values["x"] % 2 else None
+
+    for value in (2, 4):
+        trial = study.begin(odd)
+        assert trial is not None
+        assert trial.values == {"x": value}
+    assert study.begin(odd) is None
+    reasons = [(trial.outcome.status, trial.outcome.reason) for trial in study.trials()]
+    assert reasons == [("refused", "odd"), ("running", None)] * 2
+    with pytest.raises(RunFailed, match="100 trials in a row were refused, the last: never"):
+        study_in(tmp_path / "b", space(x=Interval(0.0, 1.0, log=False))).begin(lambda _: "never")
+
+
+def test_a_search_ends_with_the_trial_that_reaches_the_target(tmp_path: Path):
+    searched = space("grid", x=Integers(1, 9))
+    searched = replace(searched, metric=replace(searched.metric, target=1.0))
+    study = study_in(tmp_path / "a", searched)
+    study.finish(begun(study), Outcome("finished", value=1.5))
+    study.finish(begun(study), Outcome("finished", value=0.9))
+    assert study.begin() is None
+
+
+def test_failures_in_a_row_end_with_a_success_and_a_refusal_is_none(tmp_path: Path):
+    study = study_in(tmp_path / "a", space("grid", x=Integers(1, 9)))
+    before = datetime.now()
+    for status in ("failed", "finished", "failed", "refused", "failed"):
+        value = 1.0 if status == "finished" else None
+        study.finish(begun(study), Outcome(status, value=value))
+    assert [trial.number for trial in study.failures_since(before)] == [3, 5]
+    assert study.failures_since(datetime.now()) == []
+
+
+def test_a_trial_is_the_claim_of_one_process_as_long_as_that_lives(tmp_path: Path):
+    """POSIX's locks are a process's, so the other must be one."""
+    searched = space("grid", x=Integers(1, 3))
+    study = study_in(tmp_path / "a", searched, worker="ours")
+    assert begun(study).number == 1
+    assert study.claim_interrupted() is None, "it is ours already"
+    program = f"""
+import sys
+from pathlib import Path
+from mainrun.sweep.distribution import Integers
+from mainrun.sweep.metric import Metric
+from mainrun.sweep.search_space import SearchSpace
+from mainrun.sweep.study import Study
+space = SearchSpace("a sweep", "grid", Metric("val/loss", "minimize"), {{"x": Integers(1, 3)}},
+                    None, (), None, {{}}, {{}})
+study = Study(Path({str(tmp_path / "a")!r}), space, 0, "theirs")
+print(study.claim_interrupted(), study.begin().number, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "None 2\n"
+        assert begun(study).number == 3
+        assert study.claim_interrupted() is None
+        other.kill()
+    interrupted = study.claim_interrupted()
+    assert interrupted is not None
+    assert interrupted.number == 2
+    assert [trial.number for trial in study.left_by("ours")] == [1, 2, 3]
+
+
+def test_a_study_that_is_pruned_compares_trials_at_the_bands(tmp_path: Path):
+    """Of those that came as far, one half goes on: of one, of two and of three the best."""
+    early = replace(space("grid", x=Integers(1, 9)), early_terminate=Hyperband((2, 4), 2.0))
+    study = study_in(tmp_path / "a", early)
+    first, second, third = begun(study), begun(study), begun(study)
+    assert study.report(first, 0, 9.0) is None, "no band"
+    assert study.report(first, 5, 3.0) is None, "nobody else came as far"
+    assert study.report(second, 0, 1.0) is None
+    reason = study.report(second, 5, 4.0)
+    assert reason is not None
+    assert reason.startswith("pruned at evaluation 2: 1 of the 1 other trials that came as far")
+    study.finish(second, Outcome("pruned", value=1.0, reason=reason))
+    assert study.report(third, 0, 0.0) is None
+    assert study.report(third, 5, 2.5) is None, "the better one"
+    assert study.report(third, 5, 2.5) is None, "an evaluation made again after a stop"
+    assert study.trials()[1].outcome.status == "pruned"
 
 
 def test_the_half_line_of_a_killed_process_is_cut_and_the_study_goes_on(tmp_path: Path):
-    path, searched = tmp_path / "study", space(x=Interval(0.0, 1.0, log=False))
+    searched = space(x=Interval(0.0, 1.0, log=False))
     whole = walk(tmp_path / "whole", searched, 4)
-    walk(path, searched, 2)
-    with path.open("ab") as file:
+    walk(tmp_path / "a", searched, 2)
+    with (tmp_path / "a" / "study.journal").open("ab") as file:
         file.write(b'{"op_code":4,"study_id":0,"da')
-    walk(path, searched, 3)
-    assert walk(path, searched, 4) == whole
+    walk(tmp_path / "a", searched, 3)
+    assert walk(tmp_path / "a", searched, 4) == whole
 
 
 def test_a_damaged_journal_is_said_so_and_left_as_it_is(tmp_path: Path):
-    path, searched = tmp_path / "study", space(x=Interval(0.0, 1.0, log=False))
-    walk(path, searched, 2)
+    searched = space(x=Interval(0.0, 1.0, log=False))
+    walk(tmp_path / "a", searched, 2)
+    path = tmp_path / "a" / "study.journal"
     lines = path.read_bytes().splitlines(keepends=True)
     for spoilt in (b"no JSON\n", b"[]\n", b'{"op_code": 77, "study_id": 5}\n'):
         damaged = b"".join([lines[0], spoilt, *lines[1:]])
         path.write_bytes(damaged)
         with pytest.raises(RunFailed, match=r"study.*damaged"):
-            Study(path, searched, 0)
+            study_in(tmp_path / "a", searched)
         assert path.read_bytes() == damaged
 
 
-def test_one_process_at_a_time_works_on_a_study(tmp_path: Path):
-    searched = space(x=Integers(1, 3))
-    study = Study(tmp_path / "study", searched, 0)
-    with pytest.raises(UserError, match="is being worked on by another process"):
-        Study(tmp_path / "study", searched, 0)
-    study.close()
-    Study(tmp_path / "study", searched, 0).close()
-    assert [path.name for path in tmp_path.iterdir()] == ["study"], "no lock file is left"
+def test_the_study_of_another_search_is_left_alone(tmp_path: Path):
+    walk(tmp_path / "a", space("grid", x=Integers(1, 3)), 2)
+    before = (tmp_path / "a" / "study.journal").read_bytes()
+    with pytest.raises(UserError, match="is the study of another search space: move it away"):
+        study_in(tmp_path / "a", space("grid", x=Integers(1, 4)))
+    assert (tmp_path / "a" / "study.journal").read_bytes() == before
 
 
 def test_optuna_itself_reads_the_journal(tmp_path: Path):
-    walk(tmp_path / "study", space("bayes", x=Interval(0.0, 1.0, log=False)), 3)
-    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study"))
+    walk(tmp_path / "a", space("bayes", x=Interval(0.0, 1.0, log=False)), 3)
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "a" / "study.journal"))
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
     assert study.best_value == min(quadratic(trial.params) for trial in study.trials)
     assert len(study.trials) == 3

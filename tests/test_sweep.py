@@ -1,7 +1,6 @@
 """A sweep: every trial told, none twice; killed, stopped and gone on it ends the same.
 
-Where the trial itself does not matter it is a program of a few lines that leaves a record as a run
-does; what a real one must keep is tried with real ones, at the end.
+The trials are real ones of a tiny model, a few steps each.
 """
 
 import csv
@@ -12,97 +11,52 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import yaml
 
 from mainrun import config
-from mainrun.errors import RunFailed, Stopped, UserError
+from mainrun.errors import RunFailed, UserError
+from mainrun.population.places import Places
 from mainrun.record import WALL_CLOCK, metrics, read_events
-from mainrun.sweep import local_sweep, sweep_folder
 from mainrun.sweep import start as sweep
+from mainrun.sweep import sweep_file, sweep_folder, worker
 from mainrun.sweep.study import Study
 from tests.conftest import COMMAND, REPOSITORY
 from tests.wandb_server import WandbServer
 
-# `train` and `resume` as a sweep sees them. The seed of a trial says how it ends.
-TRIAL = """
-import json, os, signal, sys, time
-from pathlib import Path
-
-verb, where, *words = sys.argv[1:]
-run_dir = Path(where if verb == "resume" else words.pop())
-with Path("ran").open("a") as ran:
-    ran.write(f"{verb} {run_dir.name}\\n")
-seed = int((run_dir / "seed").read_text() if verb == "resume" else
-           dict(word.split("=") for word in words if "=" in word)["seed"])
-
-def log(event, **fields):
-    with (run_dir / "events.jsonl").open("a") as file:
-        told = {"event": event, "timestamp": "2026-11-23T05:00:00+00:00", **fields}
-        file.write(json.dumps(told) + "\\n")
-
-def evaluation(step, loss):
-    log("evaluation", step=step, **{"val/loss": loss, "val/loss_stderr": 0.25})
-
-if seed == 102:
-    sys.exit(print("mainrun: no such data: file:absent.txt") or 2)
-run_dir.mkdir(exist_ok=True)
-(run_dir / "seed").write_text(str(seed))
-(run_dir / "words").write_text(json.dumps(words))
-log("tracking_started", wandb="disabled")
-if seed == 101:
-    log("failed", reason="loss is NaN at step 3")
-    sys.exit(print("mainrun: failed: loss is NaN at step 3") or 1)
-if seed == 103:
-    os.kill(os.getpid(), signal.SIGKILL)
-if seed == 104:
-    evaluation(0, "NaN")
-    log("finished")
-    sys.exit()
-if seed == 105 and verb == "train":
-    received = []
-    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    Path("waiting").touch()
-    if "to_parent" in os.environ.get("TRIAL", ""):
-        os.kill(os.getppid(), signal.SIGTERM)
-        os.kill(os.getppid(), signal.SIGINT)
-    while not received:
-        signal.pause()
-    while "slow" in os.environ.get("TRIAL", "") and not Path("let go").exists():
-        time.sleep(0.005)
-    log("stopped", resume_command="mainrun resume there")
-    sys.exit(75)
-evaluation(0, 9.0)
-evaluation(4, seed / 10)
-evaluation(8, seed / 10 + 1)
-log("finished")
-"""
+FEW_STEPS = ["training.max_steps=4", "training.evals_per_epoch=0", "training.num_samples=0",
+             "training.divergence.action=stop"]  # fmt: skip
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory where trials are the program above."""
+def folder(tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the config that all trials are made of."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(local_sweep, "MAINRUN", (sys.executable, "-c", TRIAL))
+    base = config.load(REPOSITORY / "config" / "base" / "quickstart.yaml", [*tiny, *FEW_STEPS])
+    (tmp_path / "tiny.yaml").write_text(config.to_yaml(base))
     return tmp_path
 
 
-def write(folder: Path, seeds: list[int], head: str = "method: grid", more: str = "") -> Path:
-    path = folder / "seeds.yaml"
-    path.write_text(
-        f"{head}\nparameters:\n  seed: {{values: {seeds}}}\n{textwrap.indent(more, '  ')}\n"
-    )
+def write(folder: Path, parameters: dict[str, Any], **more: Any) -> Path:
+    """A sweep file: a list is values, anything else is a constant."""
+    path = folder / "search.yaml"
+    said = {
+        "method": "grid",
+        "parameters": {
+            name: {"values": value} if isinstance(value, list) else {"value": value}
+            for name, value in parameters.items()
+        },
+        "command": ["mainrun", "train", str(folder / "tiny.yaml"), "${args_no_hyphens}"],
+    }
+    path.write_text(yaml.safe_dump({**said, **more}, sort_keys=False))
     return path
-
-
-def ran(folder: Path) -> list[str]:
-    return (folder / "ran").read_text().splitlines()
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
@@ -114,176 +68,217 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def statuses(run_dir: Path) -> list[str]:
+    return [row["status"] for row in rows(run_dir)]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["val/loss"] for row in numbers(run_dir) if "val/loss" in row]
+
+
+def numbers(run_dir: Path) -> list[dict[str, float]]:
+    """All that the record says of a run, but for what a clock decides."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(WALL_CLOCK)}
+        for row in metrics(read_events(run_dir / "events.jsonl"))
+    ]
+
+
 # -------------------------------------------------------------------------------------------
 # What a sweep comes to
 
 
 def test_a_sweep_tells_every_trial_and_ranks_them(folder: Path, capfd: pytest.CaptureFixture[str]):
-    file = write(folder, [7, 3, 5], more="model.dropout: {value: 0.2}")
-    sweep.run(file, ["data.context_length=32"], run_dir=Path("runs/first"))
-    run_dir = folder / "runs" / "first"
-    assert ran(folder) == ["train trial-001", "train trial-002", "train trial-003"]
-    words = json.loads((run_dir / "trials" / "trial-002" / "words").read_text())
-    assert words == ["seed=3", "model.dropout=0.2", "--run-dir"]
+    rates = [0.001, 0.03, 0.01]
+    file = write(folder, {"optimizer.learning_rate": rates, "model.dropout": 0.2})
+    sweep.run(file, ["data.context_length=8"], run_dir=Path("runs/first"))
+    run_dir = Path("runs/first")
+    trials = [run_dir / "trials" / f"trial-00{number}" for number in (1, 2, 3)]
+    for trial, rate in zip(trials, rates, strict=True):
+        trained = config.load(trial / "config.yaml")
+        assert (trained.optimizer.learning_rate, trained.model.dropout) == (rate, 0.2)
+        assert trained.data.context_length == 8
+    found = [min(losses(trial)) for trial in trials]
+    order = sorted(range(3), key=found.__getitem__)
 
     told = summary(run_dir)
     assert (told["status"], told["reason"], told["resume_command"]) == ("finished", None, None)
-    assert told["trials"] == {"wanted": 3, "finished": 3, "failed": 0, "refused": 0, "running": 0}
-    assert told["best"] == {
-        "trial": 2,
-        "value": 0.3,  # the best of the run, at step 4; its last is 1.3
-        "stderr": 0.25,
-        "step": 4,
-        "overrides": ["seed=3", "model.dropout=0.2"],
-        "run_dir": "runs/first/trials/trial-002",
-    }
-    assert [(r["trial"], r["status"], r["val/loss"], r["seed"]) for r in rows(run_dir)] == [
-        ("1", "finished", "0.7", "7"), ("2", "finished", "0.3", "3"), ("3", "finished", "0.5", "5"),
-    ]  # fmt: skip
+    assert told["trials"] == {
+        "wanted": 3, "finished": 3, "pruned": 0, "failed": 0, "refused": 0, "running": 0,
+    }  # fmt: skip
+    best = told["best"]
+    assert (best["trial"], best["value"]) == (order[0] + 1, found[order[0]])
+    assert best["overrides"] == [f"optimizer.learning_rate={rates[order[0]]}", "model.dropout=0.2"]
+    assert best["run_dir"] == str(trials[order[0]])
+    assert [float(row["val/loss"]) for row in rows(run_dir)] == found
     page = (run_dir / "summary.md").read_text()
-    assert page.startswith("# first: finished\n\n`val/loss` **0.3 ± 0.25** in trial 2, the lowest.")
-    ranked = re.findall(r"^\| (\d) \| ([^|]+) \|", page, re.MULTILINE)
-    assert ranked == [("2", "0.3 ± 0.25"), ("3", "0.5 ± 0.25"), ("1", "0.7 ± 0.25")]
+    ranked = re.findall(r"^\| (\d) \| [\d.]+ ± ", page, re.MULTILINE)
+    assert ranked == [str(place + 1) for place in order]
     assert "mainrun train runs/first/best.yaml" in page
 
     shown = capfd.readouterr()
-    assert "seeds: grid of 3 points over 1 settings, 3 trials, minimize val/loss" in shown.err
-    assert "trial 3/3: seed=5 → val/loss 0.5 ± 0.25 (best 0.3, trial 2)" in shown.err
-    assert "trial 2/3: seed=3 → val/loss 0.3 ± 0.25 (the best so far)" in shown.err
-    assert shown.out.startswith("finished: 3 of 3 trials in 00:00\nbest: val/loss 0.3 ± 0.25")
+    assert "search: grid of 3 points over 1 settings, 3 trials, minimize val/loss" in shown.err
+    assert "trial 1: optimizer.learning_rate=0.001 → val/loss" in shown.err
+    assert shown.err.count("compiling the training step") == 1, "they share it"
+    assert shown.out.startswith("finished: 3 of 3 trials in ")
 
 
 def test_the_best_trial_is_a_config_of_its_own(folder: Path):
-    file = write(folder, [7, 3], more="optimizer.kind: {value: sgd}\nmodel.dropout: {value: 0.3}")
-    sweep.run(file, ["training.batch_size=16"], run_dir=folder / "a")
+    file = write(folder, {"seed": [7], "optimizer.kind": "sgd", "model.dropout": 0.3})
+    sweep.run(file, ["training.batch_size=4"], run_dir=folder / "a")
     moved = (folder / "a").rename(folder / "elsewhere")
     best = config.load(moved / "best.yaml")
-    quickstart = config.default_config_root() / "base" / "quickstart.yaml"
-    words = ["training.batch_size=16", "seed=3", "optimizer.kind=sgd", "model.dropout=0.3"]
-    assert best == config.load(quickstart, words)
+    words = ["training.batch_size=4", "seed=7", "optimizer.kind=sgd", "model.dropout=0.3"]
+    assert best == config.load(folder / "tiny.yaml", words)
 
 
-def test_the_goal_decides_what_is_best(folder: Path):
-    head = "method: grid\nmetric: {goal: maximize, name: val/loss}"
-    sweep.run(write(folder, [7, 3], head), run_dir=folder / "a")
-    assert summary(folder / "a")["best"]["trial"] == 1
-    assert summary(folder / "a")["best"]["value"] == 9.0
-
-
-def test_a_folder_of_its_own_is_made_where_none_is_named(folder: Path):
+def test_the_goal_decides_what_is_best_and_the_folder_has_a_name(folder: Path):
+    file = write(folder, {"optimizer.learning_rate": [0.01, 0.03]},
+                 metric={"goal": "maximize", "name": "val/loss"})  # fmt: skip
     for _ in range(2):
-        sweep.run(write(folder, [1]))
-    made = sorted(path.name for path in (folder / "runs").iterdir())
+        sweep.run(file, count=1)
+    made = sorted(Path("runs").iterdir())
+    assert all(re.fullmatch(r"\d{8}-\d{6}-search(-2)?", path.name) for path in made)
     assert len(made) == 2
-    assert all(re.fullmatch(r"\d{8}-\d{6}-seeds(-2)?", name) for name in made)
+    assert summary(made[0])["best"]["value"] == max(losses(made[0] / "trials" / "trial-001"))
 
 
 def test_count_and_run_cap_end_a_sweep(folder: Path):
-    file = write(folder, [1, 2, 3, 4], "method: grid\nrun_cap: 3")
-    sweep.run(file, run_dir=folder / "a", count=2)
-    assert len(rows(folder / "a")) == 2
+    file = write(folder, {"seed": [1, 2, 3, 4]}, run_cap=3)
+    sweep.run(file, run_dir=folder / "a", count=1)
+    assert len(rows(folder / "a")) == 1
     sweep.run(file, run_dir=folder / "a")  # as many as were asked for before
-    assert len(rows(folder / "a")) == 2
+    assert len(rows(folder / "a")) == 1
     sweep.run(folder / "a", count=9)
     assert len(rows(folder / "a")) == 3
 
 
 # -------------------------------------------------------------------------------------------
-# Failures
+# Trials that come to nothing
 
 
-def test_failures_are_told_with_their_reason_and_the_sweep_goes_on(folder: Path):
-    sweep.run(write(folder, [101, 4, 103, 102, 2, 104]), run_dir=folder / "a")
+def test_failures_are_told_with_their_reason_and_the_sweep_goes_on(folder: Path, corpus: Path):
+    sources = [f"file:{corpus}", "file:absent.txt"]
+    file = write(folder, {"data.source": sources, "optimizer.learning_rate": [1e25, 0.01]})
+    sweep.run(file, run_dir=folder / "a", count=3)
     told = summary(folder / "a")
-    assert told["status"] == "finished"
-    assert told["best"]["value"] == 0.2
-    assert {f["trial"]: f["reason"] for f in told["failures"]} == {
-        1: "loss is NaN at step 3",
-        3: "killed by SIGKILL: the machine may be out of memory",
-        4: "no such data: file:absent.txt",
-        6: "val/loss was never a number",
-    }
-    page = (folder / "a" / "summary.md").read_text()
-    assert "| 3 | failed | seed\\=103 | killed by SIGKILL" in page
+    assert statuses(folder / "a") == ["failed", "finished", "failed"]
+    assert (told["status"], told["best"]["trial"]) == ("finished", 2)
+    first, third = told["failures"]
+    assert "training diverged" in first["reason"]
+    assert "absent.txt" in third["reason"]
+    assert "| 1 | failed |" in (folder / "a" / "summary.md").read_text()
+    assert "failed" in logged_events(folder / "a" / "trials" / "trial-001")
 
 
 def test_three_failures_in_a_row_stop_a_sweep_and_it_can_go_on(folder: Path):
-    file = write(folder, [5, 101, 102, 101, 6, 7])
-    with pytest.raises(RunFailed, match=r"3 trials in a row failed, the last: loss is NaN"):
+    file = write(folder, {"optimizer.learning_rate": [0.01, 1e25, 1e26, 1e27, 0.02]})
+    with pytest.raises(RunFailed, match=r"3 trials in a row failed, the last: .*diverged"):
         sweep.run(file, run_dir=folder / "a")
     told = summary(folder / "a")
     assert told["status"] == "failed"
     assert told["reason"].startswith("3 trials in a row failed")
     assert told["resume_command"] == f"mainrun sweep {folder / 'a'}"
     sweep.run(folder / "a")
-    assert [row["status"] for row in rows(folder / "a")] == ["finished", *["failed"] * 3,
-                                                             "finished", "finished"]  # fmt: skip
-
-
-def test_a_refusal_between_failures_is_no_success(folder: Path):
-    more = "model.d_model: {values: [96, 90, 80]}\nmodel.attention.num_heads: {values: [6, 5]}"
-    with pytest.raises(RunFailed, match="3 trials in a row failed"):
-        sweep.run(write(folder, [101], more=more), run_dir=folder / "a")
-    statuses = [row["status"] for row in rows(folder / "a")]
-    assert statuses == ["failed", "refused", "failed", "failed"]
+    assert statuses(folder / "a") == ["finished", *["failed"] * 3, "finished"]
 
 
 def test_a_sweep_without_any_result_has_failed(folder: Path):
-    with pytest.raises(RunFailed, match="no trial came to an end, the last: no such data"):
-        sweep.run(write(folder, [101, 102]), run_dir=folder / "a")
+    with pytest.raises(RunFailed, match=r"no trial came to an end, the last: .*absent"):
+        sweep.run(write(folder, {"data.source": ["file:absent.txt"]}), run_dir=folder / "a")
     assert not (folder / "a" / "best.yaml").exists()
 
 
-def test_combinations_that_no_model_can_have_are_refused_without_a_process(folder: Path):
-    """Width 96 with 5 heads, and so on: three of six points, in a row, which stops nothing."""
-    more = "model.d_model: {values: [96, 105]}\nmodel.attention.num_heads: {values: [6, 5, 7]}"
-    sweep.run(write(folder, [1], more=more), run_dir=folder / "a")
-    assert [row["status"] for row in rows(folder / "a")] == [
-        "finished", "refused", "refused", "refused", "finished", "finished",
-    ]  # fmt: skip
-    assert ran(folder) == ["train trial-001", "train trial-005", "train trial-006"]
-    assert not (folder / "a" / "trials" / "trial-002.log").exists()
-    first = summary(folder / "a")["failures"][0]
-    assert first["reason"].startswith("model.d_model=96 is not divisible by model.attention.num")
+def test_combinations_that_no_model_can_have_are_refused_and_do_not_count(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Width 24 with 5 or 7 heads, 35 with 6: three of six points, in a row, which stops nothing."""
+    parameters = {"model.d_model": [24, 35], "model.attention.num_heads": [6, 5, 7]}
+    sweep.run(write(folder, parameters), run_dir=folder / "a", count=2)
+    assert statuses(folder / "a") == ["finished", "refused", "refused", "refused", "finished"]
+    reason = "model.d_model=24 is not divisible by model.attention.num_heads=5"
+    assert summary(folder / "a")["failures"][0]["reason"] == reason
+    assert not (folder / "a" / "trials" / "trial-002").exists()
+    assert "grid of 6 points (3 of them impossible: model.d_model=" in capfd.readouterr().err
+    sweep.run(folder / "a", count=9)
+    assert statuses(folder / "a")[5:] == ["finished"]
+
+
+def test_trials_that_fall_behind_are_pruned_where_the_file_says_so(folder: Path):
+    """At the first evaluation after the start, of two that are compared one goes on."""
+    file = write(
+        folder,
+        {"optimizer.learning_rate": [0.03, 1e-6, 1e-7]},
+        early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2},
+    )
+    sweep.run(file, ["training.max_steps=40", "training.evals_per_epoch=5"], run_dir=Path("a"))
+    assert statuses(Path("a")) == ["finished", "pruned", "pruned"]
+    told = summary(Path("a"))
+    assert (told["best"]["trial"], told["trials"]["pruned"]) == (1, 2)
+    pruned = Path("a/trials/trial-002")
+    assert len(losses(pruned)) == 2
+    assert rows(Path("a"))[1]["reason"].startswith("pruned at evaluation 2: 1 of the 1 other")
+    assert logged_events(pruned)[-1] == "stopped"
+    assert json.loads((pruned / "summary.json").read_text())["reason"].startswith("pruned")
+
+
+# -------------------------------------------------------------------------------------------
+# Side by side
+
+
+def test_trials_side_by_side_end_as_they_would_alone(folder: Path):
+    """Five in three places: a place that is left is taken by the next."""
+    parameters = {
+        "optimizer.learning_rate": [0.001, 0.03],
+        "model.dropout": [0.0, 0.3],
+        "training.max_steps": [3, 7],
+    }
+    file = write(folder, parameters)
+    sweep.run(file, run_dir=Path("alone"), count=5, population=1)
+    sweep.run(file, run_dir=Path("together"), count=5, population=3)
+    for number in range(1, 6):
+        one, other = (Path(f) / "trials" / f"trial-00{number}" for f in ("alone", "together"))
+        assert [row["step"] for row in numbers(one)] == [row["step"] for row in numbers(other)]
+        for a, b in zip(numbers(one), numbers(other), strict=True):
+            assert a.keys() == b.keys()
+            # float32, summed in another order
+            assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+    assert "3 trials train side by side" in (folder / "together" / "worker.log").read_text()
+
+
+def test_trials_that_run_out_of_memory_together_go_on_fewer_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """The device's error is made up, once; all else is as it is."""
+    file = write(folder, {"optimizer.learning_rate": [0.001, 0.003, 0.01, 0.03]})
+    space = sweep_file.read(file)
+    made = sweep_folder.open_folder(file, space, Path("a"))
+    study = Study(made.folder, space, made.base.seed)
+    study.want(4)
+    study.close()
+    take, taken = Places.take, []
+
+    def full(self: Places, batches: dict) -> dict:
+        taken.append(len(self))
+        if taken.count(4) == 2 and len(self) == 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return take(self, batches)
+
+    monkeypatch.setattr(Places, "take", full)
+    now = datetime.now().isoformat()
+    assert worker.main(["a", "--name", "w", "--since", now, "--population", "4"]) == 0
+    assert statuses(Path("a")) == ["finished"] * 4
+    assert set(taken) == {4, 2}
+    shown = capfd.readouterr().err
+    assert "out of memory: RESOURCE_EXHAUSTED" in shown
+    assert "its 4 trials go on 2 at a time" in shown
+    first = Path("a/trials/trial-001")
+    assert logged_events(first).count("failed") == 1, "its record says what happened"
+    assert json.loads((first / "summary.json").read_text())["status"] == "finished"
 
 
 # -------------------------------------------------------------------------------------------
 # Stopped, killed, gone on
-
-
-def test_a_stop_is_passed_on_once_and_the_next_call_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("TRIAL", "to_parent")
-    file = write(folder, [4, 105, 3])
-    with pytest.raises(Stopped):
-        sweep.run(file, run_dir=Path("a"))
-    told = summary(folder / "a")
-    assert (told["status"], told["resume_command"]) == ("stopped", "mainrun sweep a")
-    assert (told["trials"]["finished"], told["trials"]["running"]) == (1, 1)
-    assert "to go on: mainrun sweep a" in capfd.readouterr().out
-    stopped = read_events(folder / "a" / "trials" / "trial-002" / "events.jsonl")
-    assert [event["event"] for event in stopped].count("stopped") == 1
-
-    sweep.run(file, run_dir=Path("a"))
-    assert ran(folder) == [
-        "train trial-001", "train trial-002", "resume trial-002", "train trial-003",
-    ]  # fmt: skip
-    assert summary(folder / "a")["status"] == "finished"
-    assert [row["status"] for row in rows(folder / "a")] == ["finished"] * 3
-    sweep.run(Path("a"))
-    assert len(ran(folder)) == 4, "a finished sweep has nothing left to do"
-
-
-# As a process of its own, whose trials are the program above.
-SWEEP = f"""
-import sys
-from pathlib import Path
-from mainrun import cli
-from mainrun.sweep import local_sweep
-local_sweep.MAINRUN = (sys.executable, "-c", {TRIAL!r})
-sys.exit(cli.main(["sweep", *sys.argv[1:]]))
-"""
 
 
 @pytest.fixture
@@ -309,40 +304,93 @@ def wait_until(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
         time.sleep(0.005)  # a poll; nothing depends on its length
 
 
-def test_a_killed_sweep_takes_its_trial_along_and_the_next_one_waits_for_it(
+def logged_events(run_dir: Path) -> list[str]:
+    return [event["event"] for event in read_events(run_dir / "events.jsonl")]
+
+
+def logged(run_dir: Path, event: str) -> int:
+    path = run_dir / "events.jsonl"
+    return path.read_bytes().count(f'"event": "{event}"'.encode()) if path.is_file() else 0
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def test_a_worker_that_is_killed_takes_one_trial_with_it(
     folder: Path, processes: list[subprocess.Popen]
 ):
-    """The trial holds on to its log: as long as it lives, nobody else works on it."""
-    file = write(folder, [4, 105, 3])
-    command = [sys.executable, "-c", SWEEP, str(file), "--run-dir", "a"]
-    slow = {**os.environ, "TRIAL": "slow"}
-    processes.append(start(command, cwd=folder, env=slow))
-    wait_until(processes[0], (folder / "waiting").exists)
+    file = write(folder, {"training.max_steps": [100_000, 3]})
+    processes.append(start([*COMMAND, "sweep", str(file), "--run-dir", "a"], cwd=folder))
+    wait_until(processes[0], lambda: logged(folder / "a/trials/trial-001", "train_step") >= 3)
+    for child in children(processes[0].pid):
+        os.kill(child, signal.SIGKILL)
+    shown, _ = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == 0, shown
+    assert statuses(folder / "a") == ["failed", "finished"]
+    reason = summary(folder / "a")["failures"][0]["reason"]
+    assert reason == "killed by SIGKILL: the machine may be out of memory"
+
+
+def test_a_killed_sweep_takes_its_worker_along_and_the_next_one_waits_for_it(
+    folder: Path, processes: list[subprocess.Popen]
+):
+    """Nobody else works on a trial as long as the process that has it lives."""
+    file = write(folder, {"training.max_steps": [200_000, 3]})
+    command = [*COMMAND, "sweep", str(file), "--run-dir", "a"]
+    trial = folder / "a" / "trials" / "trial-001"
+    processes.append(start(command, cwd=folder))
+    wait_until(processes[0], lambda: logged(trial, "train_step") >= 3)
+    (worker,) = children(processes[0].pid)
+    os.kill(worker, signal.SIGSTOP)
     processes[0].kill()
-    processes.append(start(command, cwd=folder, env=slow))
+    processes.append(start(command, cwd=folder))
     assert processes[1].stdout is not None
     shown = iter(processes[1].stdout.readline, "")
-    assert any("waiting for a process that still works on a/trials/trial-002" in s for s in shown)
-    (folder / "let go").touch()
+    assert any("waiting for a process that still works on a/worker" in line for line in shown)
+    os.kill(worker, signal.SIGCONT)
+    wait_until(processes[1], lambda: logged(trial, "resumed") == 1)
+    assert logged(trial, "stopped") == 1, "SIGTERM came from the kernel"
+    processes[1].send_signal(signal.SIGTERM)
     rest, _ = processes[1].communicate(timeout=60)
-    assert processes[1].returncode == 0, rest
-    stopped = read_events(folder / "a" / "trials" / "trial-002" / "events.jsonl")
-    assert "stopped" in [event["event"] for event in stopped], "SIGTERM came from the kernel"
-    assert ran(folder)[1:] == ["train trial-002", "resume trial-002", "train trial-003"]
-    assert [row["status"] for row in rows(folder / "a")] == ["finished"] * 3
-    assert not list((folder / "a").rglob("*lock*"))
+    assert processes[1].returncode == 75, rest
+    assert statuses(folder / "a") == ["running"]
+
+
+def test_two_processes_share_the_trials_of_one_sweep(
+    folder: Path, processes: list[subprocess.Popen]
+):
+    file = write(folder, {"seed": list(range(1, 7)), "training.max_steps": 30})
+    command = [*COMMAND, "sweep", str(file), "--run-dir", "a"]
+    processes.append(start(command, cwd=folder))
+    wait_until(processes[0], (folder / "a" / "worker.log").exists)
+    processes.append(start(command, cwd=folder))
+    for process in processes:
+        shown, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, shown
+        assert "finished: 6 of 6 trials" in shown
+    assert [row["seed"] for row in rows(folder / "a")] == ["1", "2", "3", "4", "5", "6"]
+    logs = [(folder / "a" / name).read_text() for name in ("worker.log", "worker-2.log")]
+    ran = [re.findall(r"^trial (\d): seed=\d$", log, re.MULTILINE) for log in logs]
+    assert sorted(ran[0] + ran[1]) == ["1", "2", "3", "4", "5", "6"], "each once"
+    for trial in (folder / "a" / "trials").glob("trial-*"):
+        assert logged_events(trial)[-1] == "finished"
 
 
 def test_a_trial_that_finished_unnoticed_is_not_trained_again(folder: Path):
-    """The sweep died between the trial's end and writing it down."""
-    sweep.run(write(folder, [4, 3]), run_dir=folder / "a", count=1)
-    study = Study(folder / "a" / "study.journal", sweep_folder.load(folder / "a").space, 1337)
-    assert study.begin().number == 2
+    """The worker died between the trial's end and writing it down."""
+    sweep.run(write(folder, {"seed": [4, 3]}), run_dir=folder / "a", count=1)
+    study = Study(folder / "a", sweep_folder.load(folder / "a").space, 1337)
+    study.want(2)
+    begun = study.begin()
+    assert begun is not None
+    assert begun.number == 2
     study.close()
     shutil.copytree(folder / "a/trials/trial-001", folder / "a/trials/trial-002")
     sweep.run(folder / "a", count=2)
-    assert ran(folder) == ["train trial-001"]
-    assert rows(folder / "a")[1]["val/loss"] == "0.4"
+    assert logged(folder / "a/trials/trial-002", "resumed") == 0
+    assert rows(folder / "a")[1]["val/loss"] == rows(folder / "a")[0]["val/loss"]
 
 
 # -------------------------------------------------------------------------------------------
@@ -357,28 +405,27 @@ def refused(*arguments: Any, **options: Any) -> str:
 
 
 def test_another_search_never_goes_on_in_the_folder_of_the_first(folder: Path):
-    sweep.run(write(folder, [4, 3]), run_dir=Path("a"))
+    sweep.run(write(folder, {"seed": [4, 3]}), run_dir=Path("a"), count=1)
     before = (folder / "a" / "study.journal").read_bytes()
-    assert "searches another space than" in refused(write(folder, [4, 2]), run_dir=Path("a"))
-    same = write(folder, [4, 3])
+    other = write(folder, {"seed": [4, 2]})
+    assert "searches another space than" in refused(other, run_dir=Path("a"))
+    same = write(folder, {"seed": [4, 3]})
     text = refused(same, ["model.dropout=0"], run_dir=Path("a"))
     assert "a varies another config: `model.dropout` differs: go on with `mainrun sweep a`" in text
     assert "the settings of a are made and cannot change" in refused(Path("a"), ["seed=1"])
     assert "it goes on there" in refused(Path("a"), run_dir=Path("b"))
     assert "a was begun with local" in refused(Path("a"), backend="wandb")
     assert "a was begun with local" in refused(same, backend="wandb", run_dir=Path("a"))
+    (folder / "a" / "sweep.yaml").write_text(
+        (folder / "a" / "sweep.yaml").read_text().replace("- 3", "- 5")
+    )
+    text = refused(Path("a"))
+    assert "study.journal is the study of another search space: move it away" in text
     assert (folder / "a" / "study.journal").read_bytes() == before
 
 
-def test_two_sweeps_at_once_never_share_a_folder(folder: Path):
-    sweep.run(write(folder, [4, 3]), run_dir=folder / "a", count=1)
-    study = Study(folder / "a" / "study.journal", sweep_folder.load(folder / "a").space, 0)
-    assert "is being worked on by another process" in refused(folder / "a", count=2)
-    study.close()
-
-
 def test_a_damaged_study_is_told_and_kept(folder: Path):
-    sweep.run(write(folder, [4, 3]), run_dir=folder / "a", count=1)
+    sweep.run(write(folder, {"seed": [4, 3]}), run_dir=folder / "a", count=1)
     (folder / "a" / "study.journal").write_text("rubbish\n")
     with pytest.raises(RunFailed, match=r"study\.journal:1: damaged"):
         sweep.run(folder / "a", count=2)
@@ -389,32 +436,30 @@ def test_what_cannot_be_run_is_refused_before_a_folder_is_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(folder))
-    grid = write(folder, [1])
+    grid = write(folder, {"seed": [1]})
     assert "leave out --backend local" in refused(grid, sweep_id="e/p/i", backend="local")
     assert "no Weights & Biases key is found" in refused(grid, backend="wandb")
     assert "no Weights & Biases key is found" in refused(grid, sweep_id="e/p/i")
     offline = refused(grid, ["tracking.wandb=offline"], backend="wandb")
     assert "tracking.wandb=offline: a sweep at Weights & Biases is online" in offline
     assert "cannot change" not in refused(grid, ["model.dropout=2"])
-    endless = write(folder, [1], "method: random")
+    endless = write(folder, {"seed": [1]}, method="random")
     assert "how many trials? say --count N" in refused(endless)
-    early = write(folder, [1], "method: grid\nearly_terminate: {type: hyperband, min_iter: 3}")
-    assert "`early_terminate` is not supported yet" in refused(early)
     assert "is no sweep folder" in refused(folder)
     (folder / "b").mkdir()
     assert "b is no sweep folder" in refused(grid, run_dir=Path("b"))
     assert not (folder / "runs").exists()
 
 
-def test_a_sweep_never_imports_jax():
+def test_who_looks_after_the_worker_never_imports_jax():
     """The trials need the GPU, and its memory."""
-    ask = "import sys, mainrun.sweep; print({'jax', 'wandb'} & {*sys.modules})"
+    ask = "import sys, mainrun.sweep.local_sweep; print({'jax', 'wandb'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
 
 
 # -------------------------------------------------------------------------------------------
-# Real trials
+# Against an undisturbed run
 
 
 @pytest.fixture
@@ -428,19 +473,6 @@ def real(tmp_path: Path, tiny: list[str]) -> list[str]:
         f'command: [mainrun, train, {tmp_path / "tiny.yaml"}, "${{args_no_hyphens}}"]\n'
     )
     return [*COMMAND, "sweep", str(tmp_path / "sweep.yaml")]
-
-
-def numbers(run_dir: Path) -> list[dict[str, float]]:
-    """All that the record says of a run, but for what a clock decides."""
-    return [
-        {name: value for name, value in row.items() if not name.startswith(WALL_CLOCK)}
-        for row in metrics(read_events(run_dir / "events.jsonl"))
-    ]
-
-
-def logged(run_dir: Path, event: str) -> int:
-    path = run_dir / "events.jsonl"
-    return path.read_bytes().count(f'"event": "{event}"'.encode()) if path.is_file() else 0
 
 
 def test_a_trial_stopped_and_then_killed_ends_with_the_numbers_of_an_undisturbed_run(
@@ -463,7 +495,7 @@ def test_a_trial_stopped_and_then_killed_ends_with_the_numbers_of_an_undisturbed
     before = logged(trial, "checkpoint")
     wait_until(processes[1], lambda: logged(trial, "checkpoint") >= before + 2)
     processes[1].send_signal(signal.SIGSTOP)
-    for child in _children(processes[1].pid):
+    for child in children(processes[1].pid):
         os.kill(child, signal.SIGKILL)
     processes[1].kill()
     processes[1].communicate()
@@ -474,11 +506,6 @@ def test_a_trial_stopped_and_then_killed_ends_with_the_numbers_of_an_undisturbed
     assert numbers(trial) == numbers(finished_run)
     best = min(row["val/loss"] for row in numbers(finished_run) if "val/loss" in row)
     assert summary(folder)["best"]["value"] == best
-
-
-def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 # -------------------------------------------------------------------------------------------
@@ -563,3 +590,29 @@ def test_a_stopped_sweep_at_wandb_goes_on_with_its_own_trial_first(
     assert logged(tmp_path / trial["run_dir"], "resumed") == 1
     assert list(server.runs) == ["trial1"], "it is one run at Weights & Biases"
     assert server.runs["trial1"].exit_code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_that_the_server_stops_is_saved_and_the_next_one_runs(
+    tmp_path: Path, online: Callable[..., subprocess.Popen[str]]
+):
+    chosen = [
+        {"optimizer.learning_rate": 0.02, "training.max_steps": 1_000_000},
+        {"optimizer.learning_rate": 0.01},
+    ]
+    with WandbServer(chosen) as server:
+        process = online(server, "--run-dir", "a", "--count", "2")
+        trials = tmp_path / "a" / "trials"
+        wait_until(process, lambda: any(logged(p, "train_step") >= 3 for p in trials.glob("*")))
+        server.stopping.add("trial1")
+        shown, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, shown
+    first, second = rows(tmp_path / "a")
+    assert (first["status"], second["status"]) == ("pruned", "finished")
+    assert first["reason"].startswith("stopped by Weights & Biases")
+    stopped = tmp_path / first["run_dir"]
+    assert logged_events(stopped)[-1] == "stopped"
+    assert any((stopped / "checkpoints").iterdir())
+    assert (server.runs["trial1"].exit_code, server.runs["trial2"].exit_code) == (75, 0)
+    assert summary(tmp_path / "a")["best"]["trial"] == 2

@@ -212,7 +212,9 @@ def _ours(
         donate_argnums=0,
     )
     params = {name: jnp.array(array) for name, array in weights.items()}
-    state = jax.jit(lambda on: step.init(network, opt, run.seed, run.training, on))(params)
+    state = jax.jit(lambda on: step.init(network, opt, jax.random.key(run.seed), run.training, on))(
+        params
+    )
     metrics = []
     for index in range(len(batches["inputs"])):
         inputs, targets = (batches[k][index].astype(np.int32) for k in ("inputs", "targets"))

@@ -46,6 +46,7 @@ SILENT = {
     "init": "another beginning; see test_initializers",
     "scale_residual_init": "another beginning; see test_initializers",
     "balance_coefficient": "weighs a loss; see test_step",
+    "expansion": "says `hidden` in other words; see test_overrides",
     "pad_vocab_to_multiple_of": "adds rows that nothing reads; see test_gpt",
 }
 

@@ -5,22 +5,29 @@ holds the two together. `load` makes one frozen `Config` of a file and overrides
 """
 # ruff: noqa: F401 - these are the names that the rest of the package uses
 
+from mainrun.config.carried import CARRIED, carried_values, is_zero, structure, with_values
 from mainrun.config.data import Bpe, Char, Data, Tiktoken, Tokenizer, Unigram, WordPiece
 from mainrun.config.kinds import Duration
-from mainrun.config.load import as_dict, checked, default_config_root, leaves, load, notes, to_yaml
+from mainrun.config.load import (
+    Source,
+    as_dict,
+    checked,
+    default_config_root,
+    load,
+    notes,
+    read,
+    to_yaml,
+)
+from mainrun.config.mlp import Activation, DenseMlp, MixtureOfExperts, Mlp
 from mainrun.config.model import (
-    Activation,
     AllKeys,
     Attention,
     CausalAttention,
-    DenseMlp,
     FixedKeys,
     Gpt,
     LatentAttention,
     LocalKeys,
     Lora,
-    MixtureOfExperts,
-    Mlp,
     Model,
     MultiHead,
     Network,
@@ -43,6 +50,7 @@ from mainrun.config.optimizer import (
     ScheduleFreeAdamW,
     Sgd,
 )
+from mainrun.config.overrides import known_paths, path_of
 from mainrun.config.run import Config, Tracking
 from mainrun.config.schedule import (
     Constant,
@@ -63,3 +71,4 @@ from mainrun.config.training import (
     Training,
     WeightAverage,
 )
+from mainrun.config.trees import leaves

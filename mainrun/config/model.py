@@ -1,4 +1,4 @@
-"""Settings of the network: architectures, attention kinds, MLPs, adapters.
+"""Settings of the network: architectures, attention kinds, adapters.
 
 Every combination that no network can have is refused here, before anything is compiled. A width of
 null follows from the block it stands in.
@@ -11,36 +11,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from mainrun.config.kinds import STRICT, Count, NonNegative, Positive, Probability
-
-Activation = Literal["gelu", "relu", "relu2", "swiglu"]
-
-
-@dataclass(frozen=True, config=STRICT)
-class DenseMlp:
-    kind: Activation = "gelu"
-    hidden: Count | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class MixtureOfExperts:
-    kind: Literal["moe"] = "moe"
-    activation: Activation = "swiglu"
-    hidden: Count | None = None
-    num_experts: Annotated[int, Field(ge=2)] = 4
-    top_k: Count = 2
-    balance_coefficient: NonNegative = 0.01
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> "MixtureOfExperts":
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"model.mlp.top_k={self.top_k} is more than "
-                f"model.mlp.num_experts={self.num_experts}"
-            )
-        return self
-
-
-Mlp = Annotated[DenseMlp | MixtureOfExperts, Field(discriminator="kind")]
+from mainrun.config.mlp import DenseMlp, Mlp
 
 
 @dataclass(frozen=True, config=STRICT)

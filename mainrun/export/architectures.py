@@ -67,10 +67,11 @@ def _obstacles(name: Architecture, model: config.Network) -> list[str]:
 
 
 def _accepted(name: Architecture, model: config.Network) -> Accepted:
-    same = ("d_model", "num_layers", "dropout", "norm_eps", "tie_embeddings", "mlp.hidden")
+    same = ("d_model", "num_layers", "dropout", "norm_eps", "tie_embeddings")
+    hidden = ("mlp.hidden", "mlp.expansion")
     beginning = ("init", "scale_residual_init")
     every: Accepted = {
-        **dict.fromkeys((*same, *beginning, "attention.num_heads"), _ANY),
+        **dict.fromkeys((*same, *hidden, *beginning, "attention.num_heads"), _ANY),
         "kind": ("gpt",),
         "norm_position": ("pre",),
         "layer_scale": (None,),

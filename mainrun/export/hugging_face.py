@@ -79,7 +79,7 @@ def _settings(name: Architecture, config: Config) -> dict[str, Any]:
             "n_embd": model.d_model,
             "n_layer": model.num_layers,
             "n_head": model.attention.num_heads,
-            "n_inner": model.mlp.hidden or 4 * model.d_model,
+            "n_inner": model.mlp.hidden_in(model.d_model),
             "activation_function": model.mlp.kind,  # its "gelu" is the exact one
             "layer_norm_epsilon": model.norm_eps,
             **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model.dropout),
@@ -90,7 +90,7 @@ def _settings(name: Architecture, config: Config) -> dict[str, Any]:
         "hidden_size": model.d_model,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.attention.num_heads,
-        "intermediate_size": model.mlp.hidden or 4 * model.d_model,
+        "intermediate_size": model.mlp.hidden_in(model.d_model),
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rotary_base,  # where transformers 4 reads it, and 5 below

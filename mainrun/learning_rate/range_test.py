@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ import numpy as np
 
 from mainrun import config as configs
 from mainrun import memory, parts, trained
+from mainrun.compilation import compile_step, initial_state
 from mainrun.config import Config
-from mainrun.data.batches import Batch
 from mainrun.errors import RunFailed, UserError, one_line
 from mainrun.learning_rate.curve import DIVERGED_FACTOR, Curve, NoAnswer, Smoothing, steepest
 from mainrun.learning_rate.picture import draw
 from mainrun.learning_rate.ramp import Ramp, decimal
 from mainrun.training import backend, divergence, optimizer
-from mainrun.training.step import Metrics, TrainState, TrainStep
+from mainrun.training.step import Metrics
 
 Tell = Callable[[str], None]
 
@@ -123,22 +122,12 @@ def _steps(config: Config, ramp: Ramp, tell: Tell) -> Iterator[Metrics]:
     made = optimizer.optimizer(config.optimizer, ramp, config.training.grad_clip)
     joined = replace(joined, learning_rate=ramp, optimizer=made)
 
-    initial = partial(parts.initial_state, config, joined)
-    params = base.params if base else None
     tell("compiling the training step")
-    batch = parts.batch(config, texts, 0)
-    train_step = _compiled(parts.train_step(config, joined), jax.eval_shape(initial, params), batch)
-    state = jax.jit(initial, donate_argnums=0)(params)
+    compiled = compile_step(config, joined, base)
+    state = initial_state(config, joined, base)
     for index in count():
-        state, metrics = train_step(state, parts.batch(config, texts, index))
+        state, metrics = compiled.train_step(state, parts.batch(config, texts, index))
         yield jax.device_get(metrics)
-
-
-def _compiled(train_step: TrainStep, state: TrainState, batch: Batch) -> TrainStep:
-    """The step for arrays of these shapes. Raises UserError where it does not fit."""
-    executable = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
-    memory.check_fits(memory.executable_bytes(executable), backend.memory_limit_bytes())
-    return executable
 
 
 def _overrides(settings: configs.Optimizer, rate: float) -> list[str]:

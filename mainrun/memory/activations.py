@@ -109,8 +109,8 @@ def block(
     match settings.mlp:
         case config.MixtureOfExperts():
             return parts | {"experts": _experts(settings.mlp, outputs, batch)}
-        case config.DenseMlp(kind=kind, hidden=hidden):
-            return parts | {"mlp": _mlp(kind, hidden or 4 * outputs, batch)}
+        case config.DenseMlp(kind=kind):
+            return parts | {"mlp": _mlp(kind, settings.mlp.hidden_in(outputs), batch)}
         case _:
             assert_never(settings.mlp)
 
@@ -282,7 +282,7 @@ def _experts(settings: config.MixtureOfExperts, width: int, batch: MicroBatch) -
     What is beyond an expert's share is computed again in the backward pass.
     """
     experts, top_k = settings.num_experts, settings.top_k
-    hidden = settings.hidden or 4 * width
+    hidden = settings.hidden_in(width)
     room = Room.for_tokens(batch.tokens, top_k, experts)
     shares = experts * room.share
     rows = room.rows * width * batch.narrow_bytes

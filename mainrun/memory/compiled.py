@@ -84,7 +84,7 @@ def abstract_state(config: Config, vocab_size: int) -> TrainState:
     def initial() -> TrainState:
         key = jax.random.key(0)
         base = None if config.model.lora is None else lora.split(network.init(key))[1]
-        return step.init(network, made, config.seed, config.training, base)
+        return step.init(network, made, key, config.training, base)
 
     return jax.eval_shape(initial)
 

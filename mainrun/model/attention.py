@@ -16,7 +16,7 @@ from mainrun.model import cache as caches
 from mainrun.model import masks, sparse, sparsek
 from mainrun.model.cache import Cache, Span
 from mainrun.model.initializers import Initializer
-from mainrun.model.layers import DropoutKeys, Linear, RmsNorm, dropout
+from mainrun.model.layers import DropoutKeys, DropoutRate, Linear, RmsNorm, dropout
 from mainrun.model.positions import rotate
 
 _OPEN = 3.0  # bias of the output gate: it begins at sigmoid(3) = 0.95, nearly open
@@ -36,7 +36,7 @@ def attend(
     v: Float[Array, "batch kv_heads keys value_dim"],
     mask: Bool[Array, "#batch #heads queries keys"],
     dropout_keys: DropoutKeys | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | DropoutRate = 0.0,
     scale: float | None = None,
 ) -> Float[Array, "batch heads queries value_dim"]:
     """Softmax attention over the keys each query may see; grouped when kv_heads < heads.

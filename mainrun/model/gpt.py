@@ -21,7 +21,7 @@ from mainrun.model import lora
 from mainrun.model.blocks import Block, Skip
 from mainrun.model.cache import Cache, Span
 from mainrun.model.initializers import Initializer
-from mainrun.model.layers import DropoutKeys, Embedding, dropout, fold, norm, unembed
+from mainrun.model.layers import DropoutKeys, DropoutRate, Embedding, dropout, fold, norm, unembed
 from mainrun.model.moe import Routing
 from mainrun.model.positions import sinusoids
 
@@ -48,6 +48,7 @@ class Gpt(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.settings = settings
+        self.dropout = settings.dropout
         self.vocab_size = vocab_size
         self.dtype = dtype
         init, widths = Initializer.of(settings), settings.widths
@@ -124,7 +125,7 @@ class Gpt(nnx.Module):
         keys: DropoutKeys | None,
         memory: Sequence[Cache] | None,
     ) -> tuple[Read, list[Cache]]:
-        x = dropout(self._embedded(tokens, span), keys, 0, self.settings.dropout)
+        x = dropout(self._embedded(tokens, span), keys, 0, self.dropout)
         first_values = None
         routings: list[Routing] = []
         remembered: list[Cache] = []
@@ -195,10 +196,18 @@ class Network:
         state = nnx.state(self._build(rngs=nnx.Rngs(params=key)))
         return {_dotted(path): param[...] for path, param in nnx.to_flat_state(state)}
 
-    def bind(self, params: Params) -> Gpt:
-        """A module that computes with these parameters. Cheap inside a trace; made anew there."""
+    def bind(self, params: Params, dropout: DropoutRate | None = None) -> Gpt:
+        """A module that computes with these parameters. Cheap inside a trace; made anew there.
+
+        `dropout` stands for the rate of the settings, where that is not one number for all.
+        """
         leaves = [(path, nnx.Param(params[name])) for name, path in self._paths.items()]
-        return nnx.merge(self._graphdef, nnx.from_flat_state(leaves))
+        model = nnx.merge(self._graphdef, nnx.from_flat_state(leaves))
+        if dropout is not None:
+            for _, module in nnx.iter_modules(model):
+                if hasattr(module, "dropout"):
+                    module.dropout = nnx.static(dropout)
+        return model
 
 
 def num_parameters(params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> int:

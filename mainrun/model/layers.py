@@ -4,7 +4,7 @@ Parameters are float32 `nnx.Param`; a layer computes in the dtype of its input. 
 below the modules hold what was measured to matter for speed; the plain forms stand in the tests.
 """
 
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +62,12 @@ class Adapter(nnx.Module):
         self.down = nnx.Param(draw * inputs**-0.5)
         self.up = nnx.Param(jnp.zeros((settings.rank, outputs)))
         self.factor = settings.alpha / settings.rank
-        self.dropout, self.site = settings.dropout, site
+        self.rate, self.site = settings.dropout, site
 
     def __call__(
         self, x: Float[Array, "batch time inputs"], keys: DropoutKeys | None
     ) -> Float[Array, "batch time outputs"]:
-        x = dropout(x, keys, self.site, self.dropout)
+        x = dropout(x, keys, self.site, self.rate)
         rows = x.reshape(-1, x.shape[-1])
         y = linear(linear(rows, self.down[...], None), self.up[...], None)
         return (y * self.factor).reshape(*x.shape[:-1], -1)
@@ -141,7 +141,7 @@ class Mlp(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.kind = settings.kind
-        hidden = settings.hidden or 4 * width
+        hidden = settings.hidden_in(width)
         wide = 2 * hidden if self.kind == "swiglu" else hidden
         self.up = Linear(width, wide, init=init, bias=bias, rngs=rngs)
         self.down = Linear(hidden, width, init=out_init, bias=bias, rngs=rngs)
@@ -218,8 +218,22 @@ def _unembed_backward(saved: tuple[Array, Array], dlogits: Array) -> tuple[Array
 unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
+class DropoutRate(NamedTuple):
+    """A rate as the mask needs it: arrays, so that a rate may be a value of a compiled step."""
+
+    threshold: UInt32[Array, ""]  # of 32 random bits, below which a number is zeroed
+    scale: Float[Array, ""]  # of the numbers that stay
+
+    @classmethod
+    def of(cls, rate: float) -> "DropoutRate":
+        return cls(jnp.uint32(int(rate * 2**32)), jnp.float32(1 / (1 - rate)))
+
+
 def dropout(
-    x: Float[Array, "batch *rest"], keys: DropoutKeys | None, site: int, rate: float
+    x: Float[Array, "batch *rest"],
+    keys: DropoutKeys | None,
+    site: int,
+    rate: float | DropoutRate,
 ) -> Float[Array, "batch *rest"]:
     """x with a fraction `rate` of its numbers zeroed and the rest scaled up; no keys: x itself.
 
@@ -227,7 +241,10 @@ def dropout(
     a hash of (key, site, index) and is computed again in the backward pass: nothing is stored,
     and it costs what no dropout costs, where threefry's took 8 % of the step (SPEED 3.3).
     """
-    return x if keys is None or rate == 0 else _dropout(x, fold(keys, site), rate)
+    if keys is None or rate == 0:
+        return x
+    known = rate if isinstance(rate, DropoutRate) else DropoutRate.of(rate)
+    return _dropout(x, fold(keys, site), known)
 
 
 def fold(keys: DropoutKeys, number: int) -> DropoutKeys:
@@ -236,13 +253,13 @@ def fold(keys: DropoutKeys, number: int) -> DropoutKeys:
     return _scramble(keys + salt)
 
 
-def _dropout_value(x: Array, keys: Array, rate: float) -> Array:
+@jax.custom_vjp
+def _dropout(x: Array, keys: Array, rate: DropoutRate) -> Array:
     per_example = x.shape[1:]
     index = jax.lax.iota(jnp.uint32, max(1, _product(per_example))).reshape(1, *per_example)
     key, second = (keys[:, i].reshape(-1, *[1] * len(per_example)) for i in (0, 1))
     bits = _scramble(((index + key) * jnp.uint32(0x9E3779B1)) ^ second)
-    keep = bits >= jnp.uint32(int(rate * 2**32))
-    return jnp.where(keep, x * (1 / (1 - rate)), 0).astype(x.dtype)
+    return jnp.where(bits >= rate.threshold, x * rate.scale.astype(x.dtype), 0).astype(x.dtype)
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -259,13 +276,15 @@ def _scramble(bits: UInt32[Array, "*any"]) -> UInt32[Array, "*any"]:
     return bits ^ (bits >> 16)
 
 
-def _dropout_forward(x: Array, keys: Array, rate: float) -> tuple[Array, Array]:
-    return _dropout_value(x, keys, rate), keys
+def _dropout_forward(
+    x: Array, keys: Array, rate: DropoutRate
+) -> tuple[Array, tuple[Array, DropoutRate]]:
+    return _dropout(x, keys, rate), (keys, rate)
 
 
-def _dropout_backward(rate: float, keys: Array, dy: Array) -> tuple[Array, None]:
-    return _dropout_value(dy, keys, rate), None
+def _dropout_backward(saved: tuple[Array, DropoutRate], dy: Array) -> tuple[Array, None, None]:
+    keys, rate = saved
+    return _dropout(dy, keys, rate), None, None
 
 
-_dropout = jax.custom_vjp(_dropout_value, nondiff_argnums=(2,))
 _dropout.defvjp(_dropout_forward, _dropout_backward)

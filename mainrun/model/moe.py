@@ -74,7 +74,7 @@ class MoeMlp(nnx.Module):
         out_init: Initializer,
         rngs: nnx.Rngs,
     ) -> None:
-        experts, hidden = settings.num_experts, settings.hidden or 4 * width
+        experts, hidden = settings.num_experts, settings.hidden_in(width)
         wide = 2 * hidden if settings.activation == "swiglu" else hidden
         self.activation, self.top_k = settings.activation, settings.top_k
         self.router = Router(width, experts, init=init, rngs=rngs)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from mainrun import config
 from mainrun.model import masks
-from mainrun.model.layers import DropoutKeys, dropout
+from mainrun.model.layers import DropoutKeys, DropoutRate, dropout
 
 Tiled = config.CausalAttention | config.SparseAttention
 """The kinds whose keys follow from positions alone."""
@@ -43,7 +43,7 @@ def attend(
     attention: Tiled,
     segment_ids: Int[Array, "batch time"] | None = None,
     dropout_keys: DropoutKeys | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | DropoutRate = 0.0,
 ) -> Float[Array, "batch heads time value_dim"]:
     """What dense attention gives under `masks.of_attention`; grouped when kv_heads < heads.
 

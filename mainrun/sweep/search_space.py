@@ -1,88 +1,41 @@
 """A search space: which settings a sweep varies and over what; what no trial could use is refused.
 
-Here are the distributions, a closed union, the grid that they span, and the check of every value
-against the config's schema before any trial starts. How a file says it is `sweep_file`'s.
+Here are the space, the grid that it spans, and the check of every value against the config's schema
+before any trial starts. What one parameter is drawn from is `distribution`'s, how a file says it
+all `sweep_file`'s.
 """
 
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, Literal
 
-from mainrun import complaints, config, yaml12
+import yaml
+
+from mainrun import config, yaml12
 from mainrun.config import Config
 from mainrun.errors import UserError
-
-METRICS = (
-    "val/loss", "val/nats_per_token", "val/perplexity", "val/bits_per_byte", "val/loss_mainrun",
-)  # fmt: skip
-"""What every evaluation of a run logs and a sweep may ask for."""
+from mainrun.sweep.distribution import (
+    Distribution,
+    Fixed,
+    ends,
+    nth,
+    num_values,
+)
+from mainrun.sweep.hyperband import Hyperband
+from mainrun.sweep.metric import Metric, why_not_logged
 
 Method = Literal["grid", "random", "bayes"]
-Goal = Literal["minimize", "maximize"]
 
 _COMBINATIONS_TRIED = 64
 """How many values of the other parameters a value is tried with before it is called impossible."""
 
-
-@dataclass(frozen=True)
-class Fixed:
-    """The same value in every trial."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Choices:
-    """One of these values, each as likely."""
-
-    values: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Integers:
-    """The whole numbers from `low` to `high`, both included."""
-
-    low: int
-    high: int
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The numbers from `low` to `high`; with `log`, equal ratios are equally likely."""
-
-    low: float
-    high: float
-    log: bool
-
-
-@dataclass(frozen=True)
-class Multiples:
-    """`quantum` times the whole numbers from `first` to `last`, both included."""
-
-    quantum: int | float
-    first: int
-    last: int
-    log: bool
-
-    def at(self, count: int) -> int | float:
-        """The multiple as it is written: 3 × 0.1 is 0.3, and whole where the quantum is."""
-        if isinstance(self.quantum, int):
-            return self.quantum * count
-        return float(Decimal(str(self.quantum)) * count)
-
-
-Distribution = Fixed | Choices | Integers | Interval | Multiples
-
-
-@dataclass(frozen=True)
-class Metric:
-    name: str = METRICS[0]
-    goal: Goal = "minimize"
+_POINTS_LOOKED_AT = 10_000
+"""Of a grid; each takes 0.5 to 1 ms."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +52,8 @@ class SearchSpace:
     others: Mapping[str, Any]
     """What else the file says, for W&B: name, project, early_terminate and the like."""
     places: Mapping[str, str]
-    """`file:line` of each parameter."""
+    """`file:line` of each parameter, and of `metric`."""
+    early_terminate: Hyperband | None = None
     notes: tuple[str, ...] = ()
     """What was assumed in reading a file that speaks of the report's layout."""
 
@@ -113,12 +67,23 @@ class SearchSpace:
         )
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The points of a grid, looked at one by one."""
+
+    points: int
+    impossible: Counter[str]
+    """How many are no config, by the reason."""
+    repeated: int
+    """How many differ from another only in settings of kinds that they do not choose."""
+
+
 def with_overrides(space: SearchSpace, overrides: Sequence[str]) -> SearchSpace:
     """The same search with overrides for all trials. UserError where one is a parameter."""
     for override in overrides:
         setting = override.lstrip("-").partition("=")[0]
         for varied in space.parameters:
-            if f"{varied}.".startswith(f"{setting}.") or f"{setting}.".startswith(f"{varied}."):
+            if _is_said_twice(setting, varied):
                 raise UserError(
                     f"{override!r}: `{varied}` is a parameter of the sweep "
                     f"({space.places[varied]}): change it there"
@@ -131,43 +96,60 @@ def base_config(space: SearchSpace) -> Config:
     return config.load(_base_path(space), space.overrides)
 
 
+def base_yaml(space: SearchSpace) -> str:
+    """A file of what all trials share, in which `auto` stands as it was written.
+
+    So the number of heads still follows from the widths that a trial has.
+    """
+    whole = config.read(_base_path(space)).with_overrides(space.overrides)
+    return yaml.safe_dump(whole.tree, sort_keys=False, allow_unicode=True)
+
+
 def check(space: SearchSpace) -> None:
     """UserError for a setting that does not exist, or a value that no trial could have.
 
     A value that the base config refuses may fit together with other values of the space (heads
-    that divide another width); only one that fits with none of those tried is a mistake.
+    that divide another width); only one that fits with none of those tried is a mistake. So is a
+    setting of a kind that no trial has.
     """
-    known = set(complaints.all_paths(Config))
-    for setting, place in space.places.items():
-        if setting not in known:
-            refusal = _refusal(space, {setting: None})
-            raise UserError(f"{place}: {refusal or f'unknown setting `{setting}`'}")
+    trials = _Trials(space, config.read(_base_path(space)))
+    for setting in space.parameters:
+        if setting not in config.known_paths():
+            refusal = trials.refusal({setting: None})
+            raise UserError(f"{space.places[setting]}: {refusal or f'unknown setting `{setting}`'}")
+    for setting in trials.source.left_out(space.overrides):
+        raise UserError(
+            f"`{setting}` is said of a kind that the base config has not: to set it for the trials "
+            f"that have, make it a parameter, `{setting}: {{value: …}}`"
+        )
+    if not any(_is_said_twice(p, "training.weight_average") for p in space.parameters) and (
+        reason := why_not_logged(space.metric, base_config(space))
+    ):
+        raise UserError(f"{space.places['metric']}: {reason}")
     shared = {p: d.value for p, d in space.parameters.items() if isinstance(d, Fixed)}
     for setting, distribution in space.parameters.items():
-        for value in _ends(distribution):
-            refusal = _refusal(space, {**shared, setting: value})
-            if refusal and all(_refusal(space, v) for v in _combinations(space, setting, value)):
-                raise UserError(f"{space.places[setting]}: {refusal}")
+        for value in ends(distribution):
+            alone = {**shared, setting: value}
+            refusal = trials.refusal(alone)
+            if refusal is None and setting not in trials.unused(alone):
+                continue
+            tried = [
+                v for v in _combinations(space, setting, value) if setting not in trials.unused(v)
+            ]
+            if not tried:
+                kinds = (f"{where}.kind={kind}" for where, kind in _conditions(setting))
+                raise UserError(
+                    f"{space.places[setting]}: `{setting}` changes nothing: no trial has "
+                    f"{' and '.join(kinds)}"
+                )
+            refusals = [trials.refusal(values) for values in tried]
+            if all(refusals):
+                raise UserError(f"{space.places[setting]}: {refusal or refusals[0]}")
 
 
 def as_overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The values of a trial as words of the command line."""
     return tuple(f"{setting}={yaml_text(value)}" for setting, value in values.items())
-
-
-def num_values(distribution: Distribution) -> int | None:
-    """How many values it has; None for endlessly many."""
-    match distribution:
-        case Fixed():
-            return 1
-        case Choices(values=values):
-            return len(values)
-        case Integers(low=low, high=high) | Multiples(first=low, last=high):
-            return high - low + 1
-        case Interval():
-            return None
-        case _:
-            assert_never(distribution)
 
 
 def grid_size(space: SearchSpace) -> int:
@@ -180,63 +162,87 @@ def grid_point(space: SearchSpace, index: int) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for setting, distribution in reversed(list(space.parameters.items())):
         index, digit = divmod(index, num_values(distribution) or 1)
-        values[setting] = _nth(distribution, digit)
+        values[setting] = nth(distribution, digit)
     assert index == 0, "beyond the end of the grid"
     return dict(reversed(list(values.items())))
 
 
-def _ends(distribution: Distribution) -> tuple[Any, ...]:
-    """All of few values, or the two between which the others lie."""
-    match distribution:
-        case Fixed(value=value):
-            return (value,)
-        case Choices(values=values):
-            return values
-        case Integers(low=low, high=high) | Interval(low=low, high=high):
-            return (low, high)
-        case Multiples(first=first, last=last):
-            return (distribution.at(first), distribution.at(last))
-        case _:
-            assert_never(distribution)
+def grid(space: SearchSpace) -> Grid | None:
+    """What comes of the points of the grid; None where they are too many to look at."""
+    points = grid_size(space)
+    if points > _POINTS_LOOKED_AT:
+        return None
+    trials = _Trials(space, config.read(_base_path(space)))
+    impossible: Counter[str] = Counter()
+    seen: set[tuple[str, ...]] = set()
+    repeated = 0
+    has_conditions = any(_conditions(setting) for setting in space.parameters)
+    for index in range(points):
+        values = grid_point(space, index)
+        if reason := trials.refusal(values):
+            impossible[reason] += 1
+        elif has_conditions:
+            unused = trials.unused(values)
+            used = as_overrides({p: v for p, v in values.items() if p not in unused})
+            repeated += used in seen
+            seen.add(used)
+    return Grid(points, impossible, repeated)
 
 
-def _combinations(space: SearchSpace, setting: str, value: Any) -> list[dict[str, Any]]:
-    """Trials with this value, drawn from the ends of the other parameters; none twice."""
+@dataclass(frozen=True)
+class _Trials:
+    """What trials of a space would be; the file of their base config is read once."""
+
+    space: SearchSpace
+    source: config.Source
+
+    def refusal(self, values: Mapping[str, Any]) -> str | None:
+        """Why no trial can have these values; None where one can."""
+        try:
+            found = self.source.load([*self.space.overrides, *as_overrides(values)])
+        except UserError as error:
+            return str(error).removesuffix(" (command line)")  # the sweep file's line is in front
+        return why_not_logged(self.space.metric, found)
+
+    def unused(self, values: Mapping[str, Any]) -> set[str]:
+        """The settings that are said of kinds which a trial with these values has not."""
+        left_out = self.source.left_out([*self.space.overrides, *as_overrides(values)])
+        said = [p for p in values if _conditions(p)]
+        return {p for p in said for path in left_out if f"{path}.".startswith(f"{p}.")}
+
+
+def _conditions(setting: str) -> tuple[tuple[str, str], ...]:
+    return config.path_of(setting).conditions
+
+
+def _is_said_twice(one: str, other: str) -> bool:
+    """Whether both paths are of one setting, or one is inside the other, in some config."""
+    first, second = config.path_of(one), config.path_of(other)
+    kinds = dict(first.conditions)
+    if any(kinds[where] != kind for where, kind in second.conditions if where in kinds):
+        return False
+    settings = f"{first.setting}.", f"{second.setting}."
+    return settings[0].startswith(settings[1]) or settings[1].startswith(settings[0])
+
+
+def _combinations(space: SearchSpace, setting: str, value: Any) -> Iterator[dict[str, Any]]:
+    """Trials with this value, drawn from the ends of the other parameters; none twice.
+
+    They have the kinds of which the setting is said, where those are parameters of their own.
+    """
     draw = random.Random(0)
+    kinds = {f"{where}.kind": kind for where, kind in _conditions(setting)}
+    needed = {p: k for p, k in kinds.items() if p in space.parameters}
+    needed = {p: k for p, k in needed.items() if k in ends(space.parameters[p])}
     drawn = (
-        {**{p: draw.choice(_ends(d)) for p, d in space.parameters.items()}, setting: value}
+        {p: draw.choice(ends(d)) for p, d in space.parameters.items()} | needed | {setting: value}
         for _ in range(_COMBINATIONS_TRIED)
     )
-    return list({as_overrides(values): values for values in drawn}.values())
-
-
-def _nth(distribution: Distribution, index: int) -> Any:
-    match distribution:
-        case Fixed(value=value):
-            return value
-        case Choices(values=values):
-            return values[index]
-        case Integers(low=low):
-            return low + index
-        case Multiples(first=first):
-            return distribution.at(first + index)
-        case Interval():
-            raise AssertionError("no grid has an interval")
-        case _:
-            assert_never(distribution)
+    yield from {as_overrides(values): values for values in drawn}.values()
 
 
 def _base_path(space: SearchSpace) -> Path:
     return space.config or config.default_config_root() / "base" / "quickstart.yaml"
-
-
-def _refusal(space: SearchSpace, values: Mapping[str, Any]) -> str | None:
-    """Why no trial can have these values; None where one can."""
-    try:
-        config.load(_base_path(space), [*space.overrides, *as_overrides(values)])
-    except UserError as error:
-        return str(error).removesuffix(" (command line)")  # the sweep file's line stands in front
-    return None
 
 
 def yaml_text(value: Any) -> str:

@@ -25,18 +25,21 @@ def run(
     backend: Backend = "auto",
     sweep_id: str | None = None,
     run_dir: Path | None = None,
-) -> None:
+    population: int | None = None,
+) -> Path:
     """Runs trials of `source`, a sweep file or the folder of a sweep, which is gone on with.
 
+    Returns the folder, which is `run_dir` or `runs/<date>-<time>-<file>`.
+
     `overrides` hold for all trials. `count` is how many trials the folder shall have in the end;
-    without it, `run_cap` or the size of the grid. The folder is `run_dir`, or
-    `runs/<date>-<time>-<file>`. Raises UserError, RunFailed or Stopped.
+    without it, `run_cap` or the size of the grid. `population` trials train side by side, without
+    it as many as gain by it; W&B's agent has them one after another. Raises UserError, RunFailed or
+    Stopped.
     """
     if sweep_id is not None:
         if backend == "local":
             raise UserError("--id names a sweep at Weights & Biases: leave out --backend local")
-        wandb_sweep.join(source, sweep_id, overrides, count=count, run_dir=run_dir)
-        return
+        return wandb_sweep.join(source, sweep_id, overrides, count=count, run_dir=run_dir)
     if source.is_dir():
         if overrides:
             raise UserError(
@@ -46,17 +49,16 @@ def run(
             raise UserError(f"{source} is a sweep already: it goes on there, not in {run_dir}")
         sweep = load(source)
         if _engine(backend, sweep.space, source) == "wandb":
-            wandb_sweep.go_on(sweep, count=count)
-            return
+            return wandb_sweep.go_on(sweep, count=count)
     else:
         space = search_space.with_overrides(sweep_file.read(source), overrides)
         if _engine(backend, space, run_dir) == "wandb":
-            wandb_sweep.start(source, space, count=count, run_dir=run_dir)
-            return
+            return wandb_sweep.start(source, space, count=count, run_dir=run_dir)
         if run_dir is None or not run_dir.exists():
             local_sweep.num_trials(space, count, None)  # before there is a folder
         sweep = open_folder(source, space, run_dir)
-    local_sweep.work(sweep, count)
+    local_sweep.work(sweep, count, population)
+    return sweep.folder
 
 
 def _engine(backend: Backend, space: SearchSpace, run_dir: Path | None) -> Backend:

@@ -6,45 +6,31 @@ no such file is a `UserError` naming line and remedy.
 """
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, assert_never, cast
+from typing import Any, cast
 
 from mainrun import yaml12
 from mainrun.config import report_names
 from mainrun.errors import UserError
-from mainrun.sweep import report_sweep
-from mainrun.sweep.search_space import (
-    METRICS,
-    Choices,
-    Distribution,
-    Fixed,
-    Integers,
-    Interval,
-    Method,
-    Metric,
-    Multiples,
-    SearchSpace,
-    num_values,
-    yaml_text,
-)  # fmt: skip
+from mainrun.sweep import hyperband, metric, parameter_file, report_sweep
+from mainrun.sweep.distribution import Distribution, num_values
+from mainrun.sweep.search_space import Method, SearchSpace, yaml_text
 
 ARGUMENTS = "${args_no_hyphens}"
 """Where W&B's agent puts a trial's parameters, as `key.path=value`."""
 
-_KEYS = (
-    "method", "metric", "parameters", "command", "run_cap", "early_terminate",
-    "program", "project", "entity", "name", "description",
+_FOR_WANDB = (
+    "name", "description", "project", "entity", "run_cap", "early_terminate", "controller",
 )  # fmt: skip
-_FOR_WANDB = ("name", "description", "project", "entity", "run_cap", "early_terminate")
-_PARAMETER_KEYS = ("value", "values", "min", "max", "distribution", "q", "parameters")
+_KEYS = ("method", "metric", "parameters", "command", "program", *_FOR_WANDB)
+_NOT_HERE = {
+    "job": "it is for W&B Launch; trials run where `mainrun sweep` does",
+    "image_uri": "it is for W&B Launch; `mainrun launch sweep` runs trials in our container",
+    "scheduler": "what chooses trials is `method`: grid, random or bayes",
+}
+"""Keys that W&B has and a sweep here cannot, and why."""
 _OLD_PROGRAM = ("program", "train.py")  # of the mainrun report, whose names are translated
-_DISTRIBUTIONS = (
-    "constant", "categorical", "int_uniform", "uniform", "q_uniform",
-    "log_uniform_values", "q_log_uniform_values",
-)  # fmt: skip
 
 
 def read(path: Path) -> SearchSpace:
@@ -58,6 +44,8 @@ def from_definition(
 ) -> SearchSpace:
     """The same of what W&B's server has; `source` stands in messages where no line is known."""
     for key in tree:
+        if key in _NOT_HERE:
+            raise UserError(f"{places.get(key, source)}: `{key}` cannot be had: {_NOT_HERE[key]}")
         if key not in _KEYS:
             raise UserError(
                 f"{places.get(key, source)}: unknown key `{key}`"
@@ -87,8 +75,10 @@ def from_definition(
     for setting, spec, place in written:
         if setting in parameters:
             raise UserError(f"{place}: `{setting}` is given twice")
-        parameters[setting] = _distribution(setting, spec, place)
+        parameters[setting] = parameter_file.read(setting, spec, place)
         lines[setting] = place
+    lines["metric"] = places.get("metric", source)
+    _check_controller(tree.get("controller"), places.get("controller", source))
     file, overrides = _command(tree, places.get("command", source))
     if file is None and base is not None:
         file = base
@@ -96,13 +86,16 @@ def from_definition(
     space = SearchSpace(
         name=str(tree.get("name") or name),
         method=cast(Method, method),
-        metric=_metric(tree.get("metric"), places.get("metric", source)),
+        metric=metric.read(tree.get("metric"), lines["metric"]),
         parameters=parameters,
         config=file,
         overrides=overrides,
         run_cap=_run_cap(tree.get("run_cap"), places.get("run_cap", source)),
         others={key: tree[key] for key in _FOR_WANDB if key in tree},
         places=lines,
+        early_terminate=None
+        if (early := tree.get("early_terminate")) is None
+        else hyperband.read(early, places.get("early_terminate", source)),
         notes=notes,
     )
     if method == "grid":
@@ -118,11 +111,12 @@ def from_definition(
 def definition(space: SearchSpace) -> dict[str, Any]:
     """The search as W&B takes it, and `from_definition` reads it: parameters are flat."""
     file = [] if space.config is None else [str(space.config)]
+    parameters = {setting: parameter_file.written(d) for setting, d in space.parameters.items()}
     return {
         **space.others,
         "method": space.method,
-        "metric": vars(space.metric),
-        "parameters": {setting: _written(d) for setting, d in space.parameters.items()},
+        "metric": metric.written(space.metric),
+        "parameters": parameters,
         "command": ["mainrun", "train", *file, *space.overrides, ARGUMENTS],
     }
 
@@ -140,11 +134,11 @@ def _flat(
                 f"{{value: {yaml_text(spec)}}} or {{values: [...]}}"
             )
         for name in spec:
-            if name not in _PARAMETER_KEYS:
+            if not parameter_file.is_key(name):
                 raise UserError(
                     f"{places.get(f'{written}.{name}', place)}: `{setting}` has an unknown key "
-                    f"`{name}`{_nearest(name, _PARAMETER_KEYS)}; a parameter has "
-                    f"{', '.join(_PARAMETER_KEYS)}"
+                    f"`{name}`{_nearest(name, parameter_file.KEYS)}; a parameter has "
+                    f"{', '.join(parameter_file.KEYS)}"
                 )
         if "parameters" not in spec:
             yield setting, spec, written
@@ -153,88 +147,6 @@ def _flat(
             raise UserError(f"{place}: `{setting}` has nested `parameters` and nothing beside them")
         inner = spec["parameters"]
         yield from _flat(inner, f"{setting}.", f"{written}.parameters", places, source)
-
-
-def _distribution(setting: str, spec: Mapping[str, Any], place: str) -> Distribution:
-    kind = spec.get("distribution") or _implied(spec)
-    if kind not in _DISTRIBUTIONS:
-        said = "needs `value`, `values`, or `min` and `max`" if kind is None else (
-            f"distribution={kind!r}: accepted are {', '.join(_DISTRIBUTIONS)}"
-        )  # fmt: skip
-        raise UserError(f"{place}: `{setting}` {said}")
-    needed = {"constant": {"value"}, "categorical": {"values"}}.get(kind, {"min", "max"})
-    allowed = needed | {"distribution"} | ({"q"} if kind.startswith("q_") else set())
-    for name in sorted(needed - spec.keys()) or sorted(spec.keys() - allowed):
-        verb = "needs" if name in needed else "has no"
-        raise UserError(f"{place}: `{setting}`: a parameter of distribution {kind} {verb} `{name}`")
-    match kind:
-        case "constant":
-            return Fixed(spec["value"])
-        case "categorical":
-            values = spec["values"]
-            if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-                raise UserError(f"{place}: `{setting}`: `values` must be a list that is not empty")
-            return Choices(tuple(values))
-        case _:
-            return _range(setting, kind, spec, place)
-
-
-def _implied(spec: Mapping[str, Any]) -> str | None:
-    """The distribution that W&B takes where none is named."""
-    if "value" in spec:
-        return "constant"
-    if "values" in spec:
-        return "categorical"
-    if "min" in spec and "max" in spec:
-        whole = isinstance(spec["min"], int) and isinstance(spec["max"], int)
-        return "int_uniform" if whole else "uniform"
-    return None
-
-
-def _range(setting: str, kind: str, spec: Mapping[str, Any], place: str) -> Distribution:
-    log = "log" in kind
-    for name in ("min", "max", "q"):
-        if name in spec and not _is_number(spec[name]):
-            raise UserError(f"{place}: `{setting}`: {name}={spec[name]!r}: a number is expected")
-    low, high, quantum = spec["min"], spec["max"], spec.get("q", 1)
-    if low > high:
-        raise UserError(f"{place}: `{setting}`: min={low} is above max={high}")
-    if log and low <= 0:
-        raise UserError(f"{place}: `{setting}`: min={low}: must be above 0 for distribution {kind}")
-    if quantum <= 0:
-        raise UserError(f"{place}: `{setting}`: q={quantum}: must be above 0")
-    if kind == "int_uniform":
-        if not isinstance(low, int) or not isinstance(high, int):
-            raise UserError(f"{place}: `{setting}`: min and max of int_uniform are whole numbers")
-        return Integers(low, high)
-    if not kind.startswith("q_"):
-        return Interval(float(low), float(high), log)
-    step = Decimal(str(quantum))
-    first = math.ceil(Decimal(str(low)) / step)
-    last = math.floor(Decimal(str(high)) / step)
-    if log:
-        first = max(first, 1)
-    if first > last:
-        raise UserError(
-            f"{place}: `{setting}`: no multiple of q={quantum} lies between {low} and {high}"
-        )
-    return Multiples(quantum, first, last, log)
-
-
-def _metric(spec: Any, place: str) -> Metric:
-    if spec is None:
-        return Metric()
-    if not isinstance(spec, Mapping) or not set(spec) <= {"name", "goal"}:
-        raise UserError(f"{place}: `metric` has a `name` and a `goal`, such as val/loss, minimize")
-    name, goal = spec.get("name", METRICS[0]), spec.get("goal", "minimize")
-    if name not in METRICS:
-        raise UserError(
-            f"{place}: metric.name={name!r} is never logged{_nearest(str(name), METRICS)}; "
-            f"accepted are {', '.join(METRICS)}"
-        )
-    if goal not in ("minimize", "maximize"):
-        raise UserError(f"{place}: metric.goal={goal!r}: accepted are minimize, maximize")
-    return Metric(name, goal)
 
 
 def _command(tree: Mapping[str, Any], place: str) -> tuple[Path | None, tuple[str, ...]]:
@@ -274,29 +186,14 @@ def _run_cap(value: Any, place: str) -> int | None:
     return value
 
 
+def _check_controller(value: Any, place: str) -> None:
+    if value not in (None, {"type": "cloud"}):
+        raise UserError(
+            f"{place}: controller={value!r}: accepted is {{type: cloud}}; without W&B's server, "
+            "`mainrun sweep --backend local` chooses the trials"
+        )
+
+
 def _nearest(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1) or [n for n in names if name in n][:1]
     return f"; did you mean `{close[0]}`?" if close else ""
-
-
-def _written(distribution: Distribution) -> dict[str, Any]:
-    """The parameter in W&B's words."""
-    match distribution:
-        case Fixed(value=value):
-            return {"value": value}
-        case Choices(values=values):
-            return {"values": list(values)}
-        case Integers(low=low, high=high):
-            return {"distribution": "int_uniform", "min": low, "max": high}
-        case Interval(low=low, high=high, log=log):
-            return {"distribution": "log_uniform_values" if log else "uniform",
-                    "min": low, "max": high}  # fmt: skip
-        case Multiples(quantum=quantum, first=first, last=last, log=log):
-            return {"distribution": "q_log_uniform_values" if log else "q_uniform", "q": quantum,
-                    "min": distribution.at(first), "max": distribution.at(last)}  # fmt: skip
-        case _:
-            assert_never(distribution)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

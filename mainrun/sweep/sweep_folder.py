@@ -10,11 +10,12 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import yaml
 
@@ -23,9 +24,10 @@ from mainrun.errors import RunFailed, UserError
 from mainrun.record import metrics, read_events
 from mainrun.result import read_result
 from mainrun.sweep import search_space, sweep_file, sweep_summary
-from mainrun.sweep.search_space import Metric, SearchSpace
-from mainrun.sweep.study import Outcome, Trial
-from mainrun.sweep.sweep_summary import Report
+from mainrun.sweep.metric import Metric
+from mainrun.sweep.search_space import SearchSpace
+from mainrun.sweep.study import Outcome, Study, Trial
+from mainrun.sweep.sweep_summary import Ending, Report
 
 WANDB_ADDRESS = "wandb.json"
 """The file that says which sweep of W&B's this is; a folder without it has a study of its own."""
@@ -78,7 +80,7 @@ def open_folder(
         )
     search_space.check(space)
     contents = {
-        "base.yaml": config.to_yaml(base),
+        "base.yaml": search_space.base_yaml(space),
         "sweep.yaml": yaml.safe_dump(
             sweep_file.definition(space), sort_keys=False, allow_unicode=True
         ),
@@ -86,6 +88,25 @@ def open_folder(
     }
     folder = _make(run_dir, f"{datetime.now():%Y%m%d-%H%M%S}-{source.stem}", contents)
     return Sweep(folder, space, base)
+
+
+def report(
+    made: Sweep, study: Study, status: Ending, reason: str | None, *, result: bool = False
+) -> None:
+    """Writes the summary of a sweep that has its study here; with `result`, prints it as well."""
+    trials = study.trials()
+    run_dirs = {t.number: made.run_dir(t) for t in trials}
+    found = Report(
+        folder=made.folder,
+        space=made.space,
+        status=status,
+        reason=reason,
+        trials=trials,
+        wanted=study.wanted(),
+        run_dirs={number: path for number, path in run_dirs.items() if path.is_dir()},
+        resume_command=None if status == "finished" else go_on_command(made.folder),
+    )
+    tell(found, result=result)
 
 
 def tell(report: Report, *, result: bool) -> None:
@@ -110,18 +131,35 @@ def outcome_of(run_dir: Path, metric: Metric) -> Outcome:
             return Outcome("running", seconds=seconds)
         case "failed":
             return Outcome("failed", seconds=seconds, reason=told["reason"])
+    return _best(events, metric, Outcome("finished", seconds=seconds))
+
+
+def pruned(run_dir: Path, metric: Metric, reason: str) -> Outcome:
+    """What the run in the folder came to before it was stopped for this reason."""
+    events = read_events(run_dir / "events.jsonl")
+    seconds = float(read_result(run_dir, events)["total_seconds"])
+    return _best(events, metric, Outcome("pruned", seconds=seconds, reason=reason))
+
+
+def timed(outcome: Outcome, run_dir: Path) -> Outcome:
+    """The outcome with the seconds that the run in the folder took."""
+    told = read_result(run_dir, read_events(run_dir / "events.jsonl"))
+    return replace(outcome, seconds=float(told["total_seconds"]))
+
+
+def _best(events: Sequence[Mapping[str, Any]], metric: Metric, ending: Outcome) -> Outcome:
+    """The ending with the best evaluation; failed where there is none."""
     rows = [r for r in metrics(events) if math.isfinite(r.get(metric.name, math.nan))]
     if not rows:
-        return Outcome("failed", seconds=seconds, reason=f"{metric.name} was never a number")
+        return replace(ending, status="failed", reason=f"{metric.name} was never a number")
     choose = min if metric.goal == "minimize" else max
     row = choose(rows, key=lambda row: row[metric.name])
     stderr = row.get("val/loss_stderr", math.nan) if metric.name == "val/loss" else math.nan
-    return Outcome(
-        "finished",
+    return replace(
+        ending,
         value=float(row[metric.name]),
         stderr=float(stderr) if math.isfinite(stderr) else None,
         step=int(row["step"]),
-        seconds=seconds,
     )
 
 

@@ -20,8 +20,9 @@ import yaml
 
 from mainrun.console import clock
 from mainrun.markdown import escaped, fenced, table
-from mainrun.sweep.search_space import Metric, SearchSpace, as_overrides, yaml_text
-from mainrun.sweep.study import Trial
+from mainrun.sweep.metric import Metric
+from mainrun.sweep.search_space import SearchSpace, as_overrides, yaml_text
+from mainrun.sweep.study import Outcome, Trial
 
 Ending = Literal["running", "finished", "stopped", "failed"]
 
@@ -54,7 +55,8 @@ def best(trials: Iterable[Trial], metric: Metric) -> Trial | None:
 def ranking(trials: Iterable[Trial], metric: Metric) -> list[Trial]:
     """The finished trials, the best first."""
     sign = 1 if metric.goal == "minimize" else -1
-    scored = [(sign * t.outcome.value, t) for t in trials if t.outcome.value is not None]
+    finished = [t for t in trials if t.outcome.status == "finished"]
+    scored = [(sign * t.outcome.value, t) for t in finished if t.outcome.value is not None]
     return [trial for _, trial in sorted(scored, key=lambda pair: pair[0])]
 
 
@@ -69,6 +71,24 @@ def value_text(trial: Trial) -> str:
 def varied_text(trial: Trial, space: SearchSpace) -> str:
     """`model.dropout=0.1 optimizer.learning_rate=0.003`: what differs from trial to trial."""
     return " ".join(as_overrides({setting: trial.values[setting] for setting in space.varied()}))
+
+
+def told(
+    space: SearchSpace, trials: Sequence[Trial], number: int, wanted: int | None, outcome: Outcome
+) -> str:
+    """`trial 3: model.dropout=0.1 → val/loss 1.23 ± 0.02 (3 of 10, best 1.2 in trial 1)`."""
+    trial = trials[number - 1]
+    line = f"trial {number}: {varied_text(trial, space)} → "
+    done = sum(t.outcome.status not in ("running", "refused") for t in trials)
+    count = f"{done} of {wanted}"
+    if outcome.status != "finished":
+        return f"{line}{outcome.status}: {outcome.reason} ({count})"
+    winner = best(trials, space.metric)
+    assert winner is not None
+    others = "the best so far" if winner is trial else (
+        f"best {winner.outcome.value:.4g} in trial {winner.number}"
+    )  # fmt: skip
+    return f"{line}{space.metric.name} {value_text(trial)} ({count}, {others})"
 
 
 def write(report: Report) -> dict[str, Any]:
@@ -142,7 +162,9 @@ def _summary(report: Report) -> dict[str, Any]:
 
 
 def _counts(counts: Mapping[str, int]) -> dict[str, int]:
-    return {name: counts.get(name, 0) for name in ("finished", "failed", "refused", "running")}
+    return {
+        name: counts.get(name, 0) for name in ("finished", "pruned", "failed", "refused", "running")
+    }
 
 
 def _counted(counts: Mapping[str, Any]) -> str:
@@ -150,7 +172,12 @@ def _counted(counts: Mapping[str, Any]) -> str:
     of = f" of {counts['wanted']}" if counts["wanted"] is not None else ""
     others = [
         f", {counts[name]} {word}"
-        for name, word in (("failed",) * 2, ("refused",) * 2, ("running", "interrupted"))
+        for name, word in (
+            ("pruned",) * 2,
+            ("failed",) * 2,
+            ("refused",) * 2,
+            ("running", "interrupted"),
+        )
         if counts[name]
     ]
     return f"{counts['finished']}{of} trials" + "".join(others)
@@ -252,6 +279,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write it too
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

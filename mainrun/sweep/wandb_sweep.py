@@ -31,6 +31,7 @@ from mainrun.sweep.sweep_folder import (
     load,
     open_folder,
     outcome_of,
+    pruned,
     tell,
 )  # fmt: skip
 from mainrun.sweep.sweep_summary import Ending, Report
@@ -38,15 +39,17 @@ from mainrun.wandb_run import check_wandb
 
 _ONLINE = "tracking.wandb=online"
 _FAILURES_IN_A_ROW = 3
+_STOPPED_BY_SERVER = "stopped by Weights & Biases: others did better by then"
 _SECONDS_TO_STOP = 150  # a trial's for saving, before the agent kills it; a container has 180
 
 
-def start(source: Path, space: SearchSpace, *, count: int | None, run_dir: Path | None) -> None:
-    """Registers the search at W&B, or finds it in `run_dir`, and works on it."""
+def start(source: Path, space: SearchSpace, *, count: int | None, run_dir: Path | None) -> Path:
+    """Registers the search at W&B, or finds it in `run_dir`, and works on it; the folder."""
     _check_online(space.overrides)
     check_wandb(config.load(None, [_ONLINE]))
     online = search_space.with_overrides(space, [_ONLINE])
-    go_on(open_folder(source, online, run_dir, files={WANDB_ADDRESS: "{}\n"}), count=count)
+    made = open_folder(source, online, run_dir, files={WANDB_ADDRESS: "{}\n"})
+    return go_on(made, count=count)
 
 
 def join(
@@ -56,8 +59,8 @@ def join(
     *,
     count: int | None,
     run_dir: Path | None,
-) -> None:
-    """Works on a sweep that W&B has; what is searched is said there.
+) -> Path:
+    """Works on a sweep that W&B has; what is searched is said there. Returns the folder.
 
     `source` says which project, where the id does not.
     """
@@ -75,8 +78,7 @@ def join(
             raise UserError(
                 f"{run_dir} belongs to {known_here['path']}: {sweep_id} needs another --run-dir"
             )
-        go_on(load(run_dir), count=count)
-        return
+        return go_on(load(run_dir), count=count)
     entity, project = _place(sweep_file.read(source))
     if len(place) > 2 or not all([*place, name]):
         raise UserError(f"--id {sweep_id}: write ENTITY/PROJECT/ID")
@@ -100,11 +102,12 @@ def join(
             f"`command` needs {_ONLINE}, as `mainrun sweep` registers it"
         )
     known = json.dumps({"path": path, "url": url}) + "\n"
-    go_on(open_folder(Path(name), space, run_dir, files={WANDB_ADDRESS: known}), count=count)
+    made = open_folder(Path(name), space, run_dir, files={WANDB_ADDRESS: known})
+    return go_on(made, count=count)
 
 
-def go_on(made: Sweep, *, count: int | None) -> None:
-    """Works on the sweep of the folder until the server, or the count, says it is enough."""
+def go_on(made: Sweep, *, count: int | None) -> Path:
+    """Works on the sweep until the server, or the count, says it is enough; its folder."""
     check_wandb(config.load(None, [_ONLINE]))
     if not address(made.folder):
         _register(made)
@@ -136,6 +139,7 @@ def go_on(made: Sweep, *, count: int | None) -> None:
             report("failed", str(error))
             raise
         report("finished")
+    return made.folder
 
 
 def address(folder: Path) -> dict[str, str] | None:
@@ -254,6 +258,8 @@ def _trials(made: Sweep) -> tuple[list[Trial], dict[int, Path]]:
             outcome = outcome_of(folders[run_id], made.space.metric)
             if outcome.status == "running":
                 outcome = UNFINISHED
+                if number < len(names):  # the agent went on to the next
+                    outcome = pruned(folders[run_id], made.space.metric, _STOPPED_BY_SERVER)
         trials.append(Trial(number, values, outcome))
     return trials, run_dirs
 

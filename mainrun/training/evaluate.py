@@ -7,6 +7,7 @@ these over different denominators. Batch size only decides how many windows are 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -52,17 +53,22 @@ class Text:
 
 
 def make_score_batch(network: Network, *, micro_batches: int, mask_documents: bool) -> ScoreBatch:
-    """The loss of every target of a batch, dropout off; jitted."""
+    """The loss of every target of a batch, dropout off; compiled once for a network."""
+    return partial(
+        _score_batch, network, micro_batches=micro_batches, mask_documents=mask_documents
+    )
 
-    def score(params: Params, batch: Batch) -> TokenLoss:
-        def part(rows: Batch) -> TokenLoss:
-            model = network.bind(params)
-            return token_loss(model, rows, mask_documents=mask_documents, dropout_keys=None)
 
-        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(part, parts))
+@partial(jax.jit, static_argnames=("network", "micro_batches", "mask_documents"))
+def _score_batch(
+    network: Network, params: Params, batch: Batch, *, micro_batches: int, mask_documents: bool
+) -> TokenLoss:
+    def part(rows: Batch) -> TokenLoss:
+        model = network.bind(params)
+        return token_loss(model, rows, mask_documents=mask_documents, dropout_keys=None)
 
-    return jax.jit(score)
+    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(part, parts))
 
 
 def score(

@@ -3,15 +3,16 @@
 At every step number the order is: evaluate if due, save if due, stop if asked, take the step. The
 loop knows no file, signal or tracker; it is handed what to call. Nothing in it waits for the
 device but reading metrics, and step n's are read after step n + 1 was dispatched.
+
+A run is a course that asks for one step after the other and never takes one itself: `fit` takes
+them for one run, a population takes those of many runs at once.
 """
 
 import dataclasses
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import NoReturn, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 
 from mainrun import config
@@ -21,6 +22,7 @@ from mainrun.training import divergence
 from mainrun.training.backend import peak_memory_bytes
 from mainrun.training.checkpoint import Progress
 from mainrun.training.step import Metrics, TrainState, TrainStep
+from mainrun.training.trainee import Alone, Dispatched, Trainee
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Surroundings(Protocol):
     def stop_requested(self) -> bool: ...
 
 
+Course = Generator[int, Dispatched, Progress]
+"""Asks for a step on the batch of this index, and is told when it was dispatched."""
+
+
 def fit(
     state: TrainState, progress: Progress, train_step: TrainStep, plan: Plan, run: Surroundings
 ) -> tuple[TrainState, Progress]:
@@ -77,38 +83,56 @@ def fit(
 
     Raises RunFailed where training diverges more often than the plan allows.
     """
+    trainee = Alone(state, train_step, run.batch)
+    progress = drive(course(trainee, progress, plan, run), trainee.take)
+    return trainee.state, progress
+
+
+def drive(going: Course, take: Callable[[int], Dispatched]) -> Progress:
+    """Takes the steps of one course to its end."""
+    try:
+        index = next(going)
+        while True:
+            index = going.send(take(index))
+    except StopIteration as end:
+        progress: Progress = end.value
+        return progress
+
+
+def course(trainee: Trainee, progress: Progress, plan: Plan, run: Surroundings) -> Course:
+    """The run from here to its end, step by step. Raises what `fit` raises."""
     pipeline = _Pipeline(plan, run, progress.train_seconds)
-    returns, saved_step = int(state.guard.returns), int(state.step)
+    returns, saved_step = int(trainee.state.guard.returns), int(trainee.state.step)
     while True:
         try:
-            return _steps(state, progress, train_step, plan, run, pipeline, saved_step)
+            return (yield from _steps(trainee, progress, plan, run, pipeline, saved_step))
         except _Diverged as diverged:
             returns += 1
             if returns > plan.divergence.limit:
                 _fail(f"{diverged.reason}, after {returns - 1} returns to a checkpoint")
-            state, progress = _behind(diverged, run, returns), diverged.progress
+            trainee.state = _behind(diverged, trainee.state, run, returns)
+            progress = diverged.progress
             saved_step = -1  # of the step that it goes on at there is no checkpoint
 
 
 def _steps(
-    state: TrainState,
+    trainee: Trainee,
     progress: Progress,
-    train_step: TrainStep,
     plan: Plan,
     run: Surroundings,
     pipeline: "_Pipeline",
     saved_step: int,
-) -> tuple[TrainState, Progress]:
-    """`fit`, up to a step that is to be gone back from."""
-    step = int(state.step)
+) -> Course:
+    """`course`, up to a step that is to be gone back from."""
+    step = int(trainee.state.step)
     while True:
         due = plan.saves(step) and (step > saved_step or step == 0)
         if plan.evaluates(step) and progress.evaluated_step < step:
-            progress = pipeline.drain(state, progress)
+            progress = pipeline.drain(progress)
             try:
-                loss = run.evaluate(state)
+                loss = run.evaluate(trainee.state)
             except Stopped:
-                run.save(state, progress, best=False)
+                run.save(trainee.state, progress, best=False)
                 raise
             progress = _evaluated(progress, step, loss)
             due = due or (progress.best_step == step > 0)
@@ -116,19 +140,19 @@ def _steps(
                 run.log("stopped_early", step, {"best_step": progress.best_step})
         is_over = plan.is_over(step, progress)
         if plan.saves(step) or progress.best_step == step > 0:
-            progress = pipeline.drain(state, progress)
+            progress = pipeline.drain(progress)
             progress = dataclasses.replace(progress, planned_step=step)
         if due or (is_over and step > saved_step):
-            progress = pipeline.drain(state, progress)
-            run.save(state, progress, best=progress.best_step == step)
+            progress = pipeline.drain(progress)
+            run.save(trainee.state, progress, best=progress.best_step == step)
         if is_over:
-            return state, progress
+            return progress
         if run.stop_requested():
-            progress = pipeline.drain(state, progress)
+            progress = pipeline.drain(progress)
             if not due:
-                run.save(state, progress, best=progress.best_step == step)
+                run.save(trainee.state, progress, best=progress.best_step == step)
             raise Stopped
-        state = pipeline.dispatch(step, state, progress, train_step)
+        pipeline.push(step + 1, (yield step), progress)
         step += 1
 
 
@@ -145,16 +169,16 @@ def _evaluated(progress: Progress, step: int, loss: float) -> Progress:
 class _Diverged(Exception):
     """A step is to be gone back from. Never leaves this module."""
 
-    def __init__(self, step: int, reason: str, state: TrainState, progress: Progress) -> None:
-        self.step, self.reason, self.state, self.progress = step, reason, state, progress
+    def __init__(self, step: int, reason: str, progress: Progress) -> None:
+        self.step, self.reason, self.progress = step, reason, progress
 
 
-def _behind(diverged: _Diverged, run: Surroundings, returns: int) -> TrainState:
+def _behind(diverged: _Diverged, state: TrainState, run: Surroundings, returns: int) -> TrainState:
     """The newest planned checkpoint's state, to go on with behind the batches that diverged.
 
     Chowdhery et al. 2022 (arXiv:2204.02311), section 5.1.
     """
-    saved = run.saved(diverged.progress.planned_step, diverged.state)
+    saved = run.saved(diverged.progress.planned_step, state)
     fields: dict[str, float | str] = {"reason": diverged.reason, "to_step": int(saved.step)}
     run.log("went_back", diverged.step, fields)
     guard = saved.guard._replace(returns=jnp.asarray(returns, jnp.int32))
@@ -168,53 +192,41 @@ def _fail(reason: str) -> NoReturn:
 
 
 class _Pipeline:
-    """Dispatches steps and reads each one's metrics one step late, timing them as they finish."""
+    """Reads each step's metrics one step late, while the device works on the next."""
 
     def __init__(self, plan: Plan, run: Surroundings, train_seconds: float) -> None:
         self._plan, self._run = plan, run
         self._train_seconds = train_seconds
-        self._waiting: tuple[int, Metrics] | None = None
-        self._since = 0.0  # when the device began with the step that is waited for
+        self._waiting: tuple[int, Dispatched] | None = None
         self._unlogged_steps, self._unlogged_seconds = 0, 0.0
 
-    def dispatch(
-        self, step: int, state: TrainState, progress: Progress, train_step: TrainStep
-    ) -> TrainState:
-        started = time.perf_counter()
-        state, metrics = train_step(state, self._run.batch(step))
-        if self._waiting is None:
-            self._since = started
-        else:
-            self._read(state, progress)
-        self._waiting = step + 1, metrics
-        return state
+    def push(self, step: int, dispatched: Dispatched, progress: Progress) -> None:
+        """The device has this step; what it had before is read."""
+        if self._waiting is not None:
+            self._read(progress)
+        self._waiting = step, dispatched
 
-    def drain(self, state: TrainState, progress: Progress) -> Progress:
+    def drain(self, progress: Progress) -> Progress:
         """Read what is still on the device, so that it is logged before what comes next."""
         if self._waiting is not None:
-            self._read(state, progress)
+            self._read(progress)
             self._waiting = None
         return dataclasses.replace(progress, train_seconds=self._train_seconds)
 
-    def _read(self, state: TrainState, progress: Progress) -> None:
-        """Raises _Diverged for a step to go back from, RunFailed where there were too many.
-
-        `state` is that of the last step dispatched.
-        """
+    def _read(self, progress: Progress) -> None:
+        """Raises _Diverged for a step to go back from, RunFailed where there were too many."""
         assert self._waiting is not None
-        step, on_device = self._waiting
-        metrics = jax.device_get(on_device)
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+        step, dispatched = self._waiting
+        metrics, seconds = dispatched()
         self._train_seconds += seconds
         self._unlogged_steps += 1
         self._unlogged_seconds += seconds
         if metrics.outcome != divergence.APPLIED:
-            self._skipped(step, metrics, state, progress)
+            self._skipped(step, metrics, progress)
         if step % self._plan.log_every == 0 or step == self._plan.total_steps:
             self._log(step, metrics)
 
-    def _skipped(self, step: int, metrics: Metrics, state: TrainState, progress: Progress) -> None:
+    def _skipped(self, step: int, metrics: Metrics, progress: Progress) -> None:
         """Tells of a step that changed nothing, and does what the settings say."""
         if metrics.outcome == divergence.OVERFLOWED:
             self._overflowed(step, metrics)
@@ -232,7 +244,7 @@ class _Pipeline:
             case "go_back":
                 self._waiting = None  # the step after it is of no use
                 progress = dataclasses.replace(progress, train_seconds=self._train_seconds)
-                raise _Diverged(step, reason, state, progress)
+                raise _Diverged(step, reason, progress)
             case "skip":
                 self._run.log("step_skipped", step, {"reason": reason})
                 if metrics.in_a_row >= plan.divergence.limit:

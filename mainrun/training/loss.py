@@ -73,7 +73,7 @@ def _penalties(
     settings: config.Regularization,
 ) -> Float[Array, "batch time"]:
     added = jnp.zeros_like(nll)
-    if settings.label_smoothing or settings.z_loss:
+    if not (config.is_zero(settings.label_smoothing) and config.is_zero(settings.z_loss)):
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # Szegedy et al. 2016 (arXiv:1512.00567), section 7: a share of every target is any token.
         added += settings.label_smoothing * (log_z - logits.mean(-1) - nll)

@@ -14,11 +14,14 @@ from typing import Any, NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from mainrun import config
 from mainrun.errors import UserError
 
 Params = dict[str, jax.Array]
+Number = float | Float[Array, ""]
+"""A setting; an array where a population has it (`config.CARRIED`)."""
 
 
 class Optimizer(NamedTuple):
@@ -30,7 +33,7 @@ class Optimizer(NamedTuple):
 
 
 def optimizer(
-    settings: config.Optimizer, learning_rate: optax.Schedule, grad_clip: float | None
+    settings: config.Optimizer, learning_rate: optax.Schedule, grad_clip: Number | None
 ) -> Optimizer:
     """Clipping, then the optimizer; its state counts updates, and the learning rate follows that.
 
@@ -80,11 +83,11 @@ def _rule(settings: config.Optimizer, learning_rate: optax.Schedule) -> Optimize
     return Optimizer(rule.init, rule.update)
 
 
-def _momentum(decay: float) -> optax.GradientTransformation:
-    return optax.trace(decay) if decay else optax.identity()
+def _momentum(decay: Number) -> optax.GradientTransformation:
+    return optax.identity() if config.is_zero(decay) else optax.trace(decay)
 
 
-def _over_root_of_sum(initial: float, eps: float) -> optax.GradientTransformation:
+def _over_root_of_sum(initial: float, eps: Number) -> optax.GradientTransformation:
     """Optax's `scale_by_rss` with PyTorch's eps, which stands outside the root.
 
     Inside, it makes the updates of gradients as small as itself √2 times as large.
@@ -200,9 +203,9 @@ def _schedule_free(
 # Weight decay and learning rate of each parameter
 
 
-def weight_decay(settings: config.Optimizer, params: Mapping[str, Any]) -> dict[str, float]:
+def weight_decay(settings: config.Optimizer, params: Mapping[str, Any]) -> dict[str, Number]:
     """Of each parameter: its group's, or that of all weights and embeddings (`matrices`)."""
-    decays = {}
+    decays: dict[str, Number] = {}
     for name, leaf in params.items():
         group = _group(settings, name)
         if group is not None and group.weight_decay is not None:
@@ -215,12 +218,12 @@ def weight_decay(settings: config.Optimizer, params: Mapping[str, Any]) -> dict[
 
 def learning_rate_factors(
     settings: config.Optimizer, params: Mapping[str, Any]
-) -> dict[str, float]:
+) -> dict[str, Number]:
     """By which each parameter's learning rate differs from the optimizer's."""
-    factors = {}
+    factors: dict[str, Number] = {}
     for name, leaf in params.items():
         group = _group(settings, name)
-        factor = 1.0 if group is None else group.learning_rate_factor
+        factor: Number = 1.0 if group is None else group.learning_rate_factor
         if isinstance(settings, config.Muon) and not _is_muons(name, leaf):
             factor *= settings.adamw_learning_rate / settings.learning_rate
         factors[name] = factor
@@ -229,12 +232,14 @@ def learning_rate_factors(
 
 def _decayed(settings: config.Optimizer, updates: Params, params: Params) -> Params:
     decays = weight_decay(settings, params)
-    return {n: u + decays[n] * params[n] if decays[n] else u for n, u in updates.items()}
+    return {
+        n: u if config.is_zero(decays[n]) else u + decays[n] * params[n] for n, u in updates.items()
+    }
 
 
 def _scaled(settings: config.Optimizer, updates: Params, params: Params) -> Params:
     factors = learning_rate_factors(settings, params)
-    return {n: u if factors[n] == 1 else factors[n] * u for n, u in updates.items()}
+    return {n: u if config.is_zero(factors[n] - 1) else factors[n] * u for n, u in updates.items()}
 
 
 def _group(settings: config.Optimizer, name: str) -> config.Group | None:

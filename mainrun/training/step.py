@@ -19,6 +19,7 @@ from mainrun import config
 from mainrun.data.batches import Batch
 from mainrun.model import lora
 from mainrun.model.gpt import Network, Params
+from mainrun.model.layers import DropoutRate
 from mainrun.training import averaging, divergence, noise, precision
 from mainrun.training.divergence import Guard
 from mainrun.training.loss import training_loss
@@ -83,15 +84,15 @@ class _Sums(NamedTuple):
 def init(
     network: Network,
     optimizer: Optimizer,
-    seed: int,
+    key: Array,
     training: config.Training,
     base: Params | None = None,
 ) -> TrainState:
-    """The state before the first step: a function of the seed, and of a base to start from.
+    """The state before the first step: a function of the key, and of a base to start from.
 
     A network with adapters trains these alone, on the base; another trains all of the base.
     """
-    weights_key, step_key = jax.random.split(jax.random.key(seed))
+    weights_key, step_key = jax.random.split(key)
     params = network.init(weights_key)
     frozen: Params = {}
     if base is not None:
@@ -121,10 +122,13 @@ def make_train_step(
     micro_batches: int,
     mask_documents: bool,
     samples: averaging.Samples = averaging.EVERY_UPDATE,
+    dropout: DropoutRate | None = None,
 ) -> TrainStep:
     """The step as a pure function, to be jitted with the state donated.
 
     `samples` are the updates that an average of samples (`training.weight_average`) takes.
+    `dropout` stands for the network's rate. Numbers in the settings may be arrays, where
+    `config.CARRIED` names them: that is how a population has them.
     """
 
     mlp = network.settings.mlp
@@ -136,7 +140,7 @@ def make_train_step(
     ) -> tuple[Array, tuple[Array, Array, Array]]:
         """What is minimised, times tokens and `factor`; and its parts, times tokens."""
         found, added = training_loss(
-            network.bind(frozen | params),
+            network.bind(frozen | params, dropout),
             batch,
             training.regularization,
             mask_documents=mask_documents,

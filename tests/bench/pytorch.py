@@ -52,7 +52,7 @@ def settings(
             "d_model": run.model.d_model,
             "num_layers": run.model.num_layers,
             "num_heads": run.model.attention.num_heads,
-            "mlp_hidden": run.model.mlp.hidden or 4 * run.model.d_model,
+            "mlp_hidden": run.model.mlp.hidden_in(run.model.d_model),
             "dropout": run.model.dropout,
         },
         "optimizer": optimizer,

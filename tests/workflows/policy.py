@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mainrun import yaml12
-from mainrun.sweep.search_space import METRICS
+from mainrun.sweep.metric import METRICS
 
 ACTIONS = {"actions/checkout", "actions/upload-artifact", "actions/download-artifact"}
 SERVER_PATIENCE_MINUTES = 5

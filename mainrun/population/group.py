@@ -1,0 +1,205 @@
+"""Runs of one structure on their way, each to its own end, with one step for all of them.
+
+Every run is as it would be alone: its folder, record, checkpoints, evaluations, and the order in
+which they happen. Only its steps are taken together with the others'. Whoever uses a group admits
+runs to free places and lets all of them advance until some have ended.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+
+from mainrun import config as configs
+from mainrun import memory, parts
+from mainrun.compilation import Compiled
+from mainrun.config import Config
+from mainrun.errors import RunFailed, Stopped, UserError
+from mainrun.live_run import LiveRun, Stopping, Watch
+from mainrun.opening import Prepared, opened
+from mainrun.origin import Base
+from mainrun.parts import Parts
+from mainrun.population.choice import Choice, choose
+from mainrun.population.hyper import Hyper, hyper, hyper_step
+from mainrun.population.places import Places, PopulationStep, compile_for
+from mainrun.training import backend, step
+from mainrun.training.loop import Course
+from mainrun.training.step import TrainState
+
+_MEASURED_STEPS = 6
+
+
+@dataclass(eq=False)
+class Running:
+    """A run in its place, until it has ended: well, or with an error."""
+
+    prepared: Prepared
+    place: int
+    run: LiveRun
+    course: Course
+    open: contextlib.ExitStack
+    batch_index: int = 0
+    has_ended: bool = False
+    error: BaseException | None = None
+
+
+class Trainee:
+    """What a run trains, as it stands in its place."""
+
+    def __init__(self, places: Places, place: int) -> None:
+        self._places, self._place = places, place
+
+    @property
+    def state(self) -> TrainState:
+        return self._places.state(self._place)
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._places.set_state(self._place, state)
+
+
+class Group:
+    """Runs with the structure of the first, which differ in the settings of these paths."""
+
+    def __init__(self, first: Prepared, paths: frozenset[str], wanted: Choice) -> None:
+        """Compiles the step. Raises UserError where it does not fit the device."""
+        self._first, self._paths = first, paths
+        config, joined = first.config, first.joined
+        self._updates = _room(joined.plan.total_steps)
+        self._step = hyper_step(config, joined, paths)
+        self._initial = jax.jit(self._make_state, donate_argnums=1)
+        self._running: dict[int, Running] = {}
+        self._shapes = jax.eval_shape(
+            self._make_state, jax.random.key(0), first.base.params if first.base else None
+        )
+        chosen = choose(wanted, self._compile, self._seconds)
+        memory.check_fits(chosen.step_bytes, backend.memory_limit_bytes())
+        self._places = Places(chosen)
+        self._compiled = Compiled(
+            chosen.run,
+            chosen.seconds,
+            chosen.step_bytes,
+            memory.estimate(config, joined.network.vocab_size, joined.micro_batches, self._shapes),
+        )
+
+    def __len__(self) -> int:
+        """How many are running."""
+        return len(self._running)
+
+    @property
+    def places(self) -> int:
+        return len(self._places)
+
+    def fits(self, prepared: Prepared) -> bool:
+        """Whether the run can share this step."""
+        ours, theirs = self._first, prepared
+        return (
+            _structure(ours.config, self._paths) == _structure(theirs.config, self._paths)
+            and ours.joined.network.vocab_size == theirs.joined.network.vocab_size
+            and ours.joined.samples == theirs.joined.samples
+            and theirs.joined.plan.total_steps <= self._updates
+        )
+
+    def admit(self, prepared: Prepared, stopping: Stopping, watch: Watch, label: str) -> Running:
+        """The run in a free place; it may have ended already.
+
+        Raises UserError or RunFailed where it cannot begin.
+        """
+        place = next(p for p in range(self.places) if p not in self._running)
+        shared = replace(prepared.joined, network=self._first.joined.network)
+        prepared = replace(prepared, joined=shared)
+        stack = contextlib.ExitStack()
+        run, state, progress = stack.enter_context(
+            opened(
+                prepared, self._compiled, stopping,
+                initial=self._initial_state, watch=watch, label=label,
+            )
+        )  # fmt: skip
+        self._compiled = replace(self._compiled, seconds=0.0)  # the first run has waited for it
+        given = hyper(prepared.config, prepared.joined, self._paths, self._updates)
+        self._places.fill(place, given, state)
+        del state
+        course = run.course(Trainee(self._places, place), progress)
+        running = self._running[place] = Running(prepared, place, run, course, stack)
+        try:
+            self._go_on(running, lambda: next(course))
+        except Exception as error:  # XLA's, of the first evaluation
+            self._leave(running, error)
+        return running
+
+    def advance(self) -> None:
+        """One step of every run; some may have ended with it.
+
+        Raises what XLA raises: then the others are lost, and wait to be closed.
+        """
+        batches = {p: r.run.batch(r.batch_index) for p, r in self._running.items()}
+        dispatched = self._places.take(batches)
+        for place, running in list(self._running.items()):
+            self._go_on(running, partial(running.course.send, dispatched[place]))
+
+    def close(self, error: BaseException) -> list[Running]:
+        """Ends all that run with this error; who they were."""
+        all_of_them = list(self._running.values())
+        for running in all_of_them:
+            self._leave(running, error)
+        return all_of_them
+
+    def _go_on(self, running: Running, to_next_step: Callable[[], int]) -> None:
+        try:
+            running.batch_index = to_next_step()
+        except StopIteration:
+            self._leave(running, None)
+        except (RunFailed, UserError, Stopped) as error:
+            self._leave(running, error)
+
+    def _leave(self, running: Running, error: BaseException | None) -> None:
+        """The place is free, and the run's record says how it has ended."""
+        del self._running[running.place]
+        if not self._running:
+            self._places.clear()
+        running.has_ended, running.error = True, error
+        running.course.close()
+        try:
+            if error is None:
+                running.open.close()
+            else:
+                running.open.__exit__(type(error), error, error.__traceback__)
+        except (RunFailed, UserError, Stopped) as later:
+            running.error = later
+
+    def _make_state(self, key: jax.Array, base: "dict[str, jax.Array] | None") -> TrainState:
+        joined, training = self._first.joined, self._first.config.training
+        return step.init(joined.network, joined.optimizer, key, training, base)
+
+    def _initial_state(self, config: Config, _: Parts, base: Base | None) -> TrainState:
+        return self._initial(jax.random.key(config.seed), base.params if base else None)
+
+    def _compile(self, places: int) -> PopulationStep:
+        return compile_for(self._step, places, self._example(), self._shapes, self._batch(0))
+
+    def _seconds(self, compiled: PopulationStep) -> float:
+        """What a step takes for each run, measured on states that nobody needs."""
+        places = Places(compiled)
+        for place in range(compiled.places):
+            places.fill(place, self._example(), self._initial(jax.random.key(0), None))
+        batches = dict.fromkeys(range(compiled.places), self._batch(0))
+        taken = [places.take(batches)[0]().seconds for _ in range(_MEASURED_STEPS)]
+        return min(taken[1:]) / compiled.places  # the first one warms up
+
+    def _example(self) -> Hyper:
+        return hyper(self._first.config, self._first.joined, self._paths, self._updates)
+
+    def _batch(self, index: int) -> Any:
+        return parts.batch(self._first.config, self._first.texts, index)
+
+
+def _structure(config: Config, paths: frozenset[str]) -> frozenset[tuple[str, str]]:
+    return configs.structure(config, paths)
+
+
+def _room(steps: int) -> int:
+    """For so many learning rates and more, that longer runs may share the step."""
+    return 1 << steps.bit_length()
