@@ -1,0 +1,1 @@
+"""Configs worth keeping: runs promoted to a file in `config/sota/`, and checked ever after."""
