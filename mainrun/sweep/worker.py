@@ -92,6 +92,14 @@ class _Worker:
 
     def work(self) -> None:
         """Raises RunFailed when several trials in a row have failed, Stopped when asked to."""
+        try:
+            self._work()
+        except RunFailed:
+            if self._group is not None:
+                self._group.close(Stopped())  # the others can go on from their checkpoints
+            raise
+
+    def _work(self) -> None:
         while self._fill():
             assert self._group is not None
             broken = None

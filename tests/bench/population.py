@@ -21,7 +21,7 @@ from mainrun import config
 from mainrun.markdown import table
 from mainrun.training import backend
 
-TRIALS = 8
+TRIALS = 24
 SMALL = (
     "data.num_documents=2000",
     "data.context_length=64",
