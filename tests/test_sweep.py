@@ -204,14 +204,16 @@ def test_combinations_that_no_model_can_have_are_refused_and_do_not_count(
     assert statuses(folder / "a")[5:] == ["finished"]
 
 
-def test_trials_that_fall_behind_are_pruned_where_the_file_says_so(folder: Path):
+@pytest.mark.parametrize("population", [1, 2])
+def test_trials_that_fall_behind_are_pruned_where_the_file_says_so(folder: Path, population: int):
     """At the first evaluation after the start, of two that are compared one goes on."""
     file = write(
         folder,
         {"optimizer.learning_rate": [0.03, 1e-6, 1e-7]},
         early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2},
     )
-    sweep.run(file, ["training.max_steps=40", "training.evals_per_epoch=5"], run_dir=Path("a"))
+    more = ["training.max_steps=40", "training.evals_per_epoch=5"]
+    sweep.run(file, more, run_dir=Path("a"), population=population)
     assert statuses(Path("a")) == ["finished", "pruned", "pruned"]
     told = summary(Path("a"))
     assert (told["best"]["trial"], told["trials"]["pruned"]) == (1, 2)
