@@ -206,7 +206,7 @@ class Network:
         if dropout is not None:
             for _, module in nnx.iter_modules(model):
                 if hasattr(module, "dropout"):
-                    module.dropout = nnx.static(dropout)
+                    module.dropout = nnx.data(dropout)
         return model
 
 
