@@ -111,6 +111,12 @@ class Console:
         return "  ".join(parts)
 
 
+def say(text: str) -> None:
+    """A line for whoever waits, before there is a run to tell of."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def lines(event: str, step: int | None, fields: Mapping[str, Any]) -> list[str]:
     """The event as a person wants to read it; nothing for what the end of the run tells better."""
     at = "" if step is None else f" at step {step}"

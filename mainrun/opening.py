@@ -4,7 +4,6 @@ All that the user may have got wrong is found while it is prepared, before the f
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 from mainrun import folder, memory, parts, trained
 from mainrun.compilation import Compiled, initial_shapes, initial_state
 from mainrun.config import Config
+from mainrun.console import say
 from mainrun.data import sources, tokenizers
 from mainrun.environment import write_environment
 from mainrun.errors import UserError
@@ -56,7 +56,7 @@ class Opened(NamedTuple):
 
 def read_texts(config: Config, tokenizer: Tokenizer | None) -> Texts:
     """The corpus of a run, and a word that it is being read."""
-    _say(f"reading {config.data.source}")
+    say(f"reading {config.data.source}")
     return parts.read_texts(config, tokenizer)
 
 
@@ -181,7 +181,7 @@ def _prepare_process(config: Config) -> None:
 
 def _load_base(config: Config) -> Base | None:
     if config.training.init_from is not None:
-        _say(f"reading {config.training.init_from}")
+        say(f"reading {config.training.init_from}")
     return trained.load_base(config)
 
 
@@ -203,8 +203,3 @@ def _restorable(config: Config, joined: Parts, base: Base | None) -> TrainState:
 def _with_pinned_data(config: Config) -> Config:
     """The config with the commit of its hub data set, so that resuming reads the same anywhere."""
     return replace(config, data=replace(config.data, revision=sources.revision(config.data)))
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

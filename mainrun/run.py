@@ -4,13 +4,13 @@ Signals are listened to here, and the step is compiled; how a run is prepared an
 `opening`'s, what happens in it `live_run`'s.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mainrun import compilation, folder, memory, stop
 from mainrun.compilation import Compiled, compile_step
 from mainrun.config import Config
+from mainrun.console import say
 from mainrun.model.gpt import num_parameters
 from mainrun.opening import Prepared, opened, prepare, prepare_to_resume
 from mainrun.training import backend
@@ -34,7 +34,7 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
     """
     folder.config_to_resume(run_dir, overrides)
     if not overrides and folder.is_finished(run_dir):
-        _say(f"{run_dir} is finished: nothing is left to do")
+        say(f"{run_dir} is finished: nothing is left to do")
         return
     _go(prepare_to_resume(run_dir, overrides, command=command))
 
@@ -75,7 +75,7 @@ def _go(prepared: Prepared) -> None:
 
 
 def _compile(prepared: Prepared) -> Compiled:
-    _say("compiling the training step")
+    say("compiling the training step")
     return compile_step(prepared.config, prepared.joined, prepared.base)
 
 
@@ -83,8 +83,3 @@ def _parameters(state: TrainState) -> str:
     """How many there are, and how many of them are trained."""
     trains = f", {num_parameters(state.params):,} of them trained" if state.frozen else ""
     return f"{num_parameters(state.all_params):,}{trains}"
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

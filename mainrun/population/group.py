@@ -9,14 +9,14 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from mainrun import config as configs
 from mainrun import memory, parts
 from mainrun.compilation import Compiled
-from mainrun.config import Config
+from mainrun.config import Config, structure
+from mainrun.data.batches import Batch
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.live_run import LiveRun, Stopping, Watch
 from mainrun.opening import Prepared, opened
@@ -36,7 +36,6 @@ _MEASURED_STEPS = 6
 class Running:
     """A run in its place, until it has ended: well, or with an error."""
 
-    prepared: Prepared
     place: int
     run: LiveRun
     course: Course
@@ -67,6 +66,7 @@ class Group:
     def __init__(self, first: Prepared, paths: frozenset[str], wanted: Choice) -> None:
         """Compiles the step. Raises UserError where it does not fit the device."""
         self._first, self._paths = first, paths
+        self._structure = structure(first.config, paths)
         config, joined = first.config, first.joined
         self._updates = _room(joined.plan.total_steps)
         self._step = hyper_step(config, joined, paths)
@@ -97,7 +97,7 @@ class Group:
         """Whether the run can share this step."""
         ours, theirs = self._first, prepared
         return (
-            _structure(ours.config, self._paths) == _structure(theirs.config, self._paths)
+            structure(theirs.config, self._paths) == self._structure
             and ours.joined.network.vocab_size == theirs.joined.network.vocab_size
             and ours.joined.samples == theirs.joined.samples
             and theirs.joined.plan.total_steps <= self._updates
@@ -123,7 +123,7 @@ class Group:
         self._places.fill(place, given, state)
         del state
         course = run.course(Trainee(self._places, place), progress)
-        running = self._running[place] = Running(prepared, place, run, course, stack)
+        running = self._running[place] = Running(place, run, course, stack)
         try:
             self._go_on(running, lambda: next(course))
         except Exception as error:  # XLA's, of the first evaluation
@@ -178,26 +178,23 @@ class Group:
         return self._initial(jax.random.key(config.seed), base.params if base else None)
 
     def _compile(self, places: int) -> PopulationStep:
-        return compile_for(self._step, places, self._example(), self._shapes, self._batch(0))
+        return compile_for(self._step, places, self._example(), self._shapes, self._batch())
 
     def _seconds(self, compiled: PopulationStep) -> float:
         """What a step takes for each run, measured on states that nobody needs."""
-        places = Places(compiled)
+        places, example = Places(compiled), self._example()
         for place in range(compiled.places):
-            places.fill(place, self._example(), self._initial(jax.random.key(0), None))
-        batches = dict.fromkeys(range(compiled.places), self._batch(0))
+            state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes)
+            places.fill(place, example, state)
+        batches = dict.fromkeys(range(compiled.places), self._batch())
         taken = [places.take(batches)[0]().seconds for _ in range(_MEASURED_STEPS)]
         return min(taken[1:]) / compiled.places  # the first one warms up
 
     def _example(self) -> Hyper:
         return hyper(self._first.config, self._first.joined, self._paths, self._updates)
 
-    def _batch(self, index: int) -> Any:
-        return parts.batch(self._first.config, self._first.texts, index)
-
-
-def _structure(config: Config, paths: frozenset[str]) -> frozenset[tuple[str, str]]:
-    return configs.structure(config, paths)
+    def _batch(self) -> Batch:
+        return parts.batch(self._first.config, self._first.texts, 0)
 
 
 def _room(steps: int) -> int:

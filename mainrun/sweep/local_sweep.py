@@ -28,7 +28,6 @@ WORKER = (
     "import sys; from mainrun.sweep.worker import main; sys.exit(main(sys.argv[1:]))",
 )  # fmt: skip
 
-_FAILURES_IN_A_ROW = 3
 _STOPPED_CODES = (75, 130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 
 
@@ -93,10 +92,7 @@ def _supervise(sweep: Sweep, study: Study, population: int | None, stopping: Sto
                 population = 1
             else:
                 _bury(sweep, study, left[0], reason)
-            if len(failed := study.failures_since(since)) >= _FAILURES_IN_A_ROW:
-                raise RunFailed(
-                    f"{len(failed)} trials in a row failed, the last: {failed[-1].outcome.reason}"
-                )
+            study.check_failures(since)
     trials = study.trials()
     if sweep_summary.best(trials, sweep.space.metric) is None:
         raise RunFailed(f"no trial came to an end, the last: {trials[-1].outcome.reason}")

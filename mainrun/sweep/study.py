@@ -29,6 +29,9 @@ Status = Literal["running", "finished", "pruned", "failed", "refused"]
 Refusal = Callable[[Mapping[str, Any]], str | None]
 """Why no run can have these values; None where one can."""
 
+FAILURES_IN_A_ROW = 3
+"""That end a sweep."""
+
 _REFUSALS_IN_A_ROW = 100
 
 
@@ -170,6 +173,14 @@ class Study:
             elif trial.outcome.status != "refused":
                 break
         return failed[::-1]
+
+    def check_failures(self, since: datetime) -> None:
+        """Raises RunFailed where several trials in a row have failed since that moment."""
+        failed = self.failures_since(since)
+        if len(failed) >= FAILURES_IN_A_ROW:
+            raise RunFailed(
+                f"{len(failed)} trials in a row failed, the last: {failed[-1].outcome.reason}"
+            )
 
     def wanted(self) -> int | None:
         """How many trials were asked for last; None where nobody has."""

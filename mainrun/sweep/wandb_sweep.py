@@ -23,7 +23,7 @@ from mainrun.stop import StopSignal, listening
 from mainrun.sweep import child, search_space, sweep_file
 from mainrun.sweep.child import MAINRUN, say
 from mainrun.sweep.search_space import SearchSpace
-from mainrun.sweep.study import UNFINISHED, Outcome, Trial
+from mainrun.sweep.study import FAILURES_IN_A_ROW, UNFINISHED, Outcome, Trial
 from mainrun.sweep.sweep_folder import (
     WANDB_ADDRESS,
     Sweep,
@@ -38,7 +38,6 @@ from mainrun.sweep.sweep_summary import Ending, Report
 from mainrun.wandb_run import check_wandb
 
 _ONLINE = "tracking.wandb=online"
-_FAILURES_IN_A_ROW = 3
 _STOPPED_BY_SERVER = "stopped by Weights & Biases: others did better by then"
 _SECONDS_TO_STOP = 150  # a trial's for saving, before the agent kills it; a container has 180
 
@@ -211,8 +210,8 @@ def _work(made: Sweep, path: str, wanted: int | None, stopping: StopSignal) -> N
         stopping.check()
     trials, _ = _trials(made)
     reasons = [t.outcome.reason for t in trials if t.outcome.status == "failed"]
-    last = [t.outcome.status for t in trials[-_FAILURES_IN_A_ROW:]]
-    if last == ["failed"] * _FAILURES_IN_A_ROW:
+    last = [t.outcome.status for t in trials[-FAILURES_IN_A_ROW:]]
+    if last == ["failed"] * FAILURES_IN_A_ROW:
         raise RunFailed(f"{len(last)} trials in a row failed, the last: {reasons[-1]}")
     if not any(t.outcome.status == "finished" for t in trials):
         why = reasons[-1] if reasons else f"see {made.folder / 'agent.log'}"
@@ -225,7 +224,7 @@ def _agent(path: str, count: int | None) -> list[str]:
     return [
         sys.executable, "-m", "wandb", "agent", "--forward-signals",
         "--term-timeout", str(_SECONDS_TO_STOP),
-        "--max-consecutive-failed-runs", str(_FAILURES_IN_A_ROW),
+        "--max-consecutive-failed-runs", str(FAILURES_IN_A_ROW),
         *([] if count is None else ["--count", str(count)]),
         path,
     ]  # fmt: skip

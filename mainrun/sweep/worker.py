@@ -29,8 +29,6 @@ from mainrun.sweep.child import say
 from mainrun.sweep.study import Outcome, Study, Trial
 from mainrun.sweep.sweep_folder import Sweep, load
 
-FAILURES_IN_A_ROW = 3
-
 _KEPT_GROUPS = 8  # compiled steps that no trial uses just now
 _KEPT_TEXTS = 4
 _POLL_SECONDS = 1.0
@@ -81,6 +79,7 @@ class _Worker:
         population: int | None,
     ) -> None:
         self._made, self._study, self._stopping = made, study, stopping
+        self._base = config.read(made.base_path())
         self._since, self._population = since, population
         self._paths = frozenset(made.space.varied())
         self._texts = _Texts()
@@ -152,7 +151,7 @@ class _Worker:
 
     def _refusal(self, values: Mapping[str, Any]) -> str | None:
         try:
-            config.load(self._made.base_path(), search_space.as_overrides(values))
+            self._base.load(search_space.as_overrides(values))
         except UserError as error:
             return str(error).removesuffix(" (command line)")
         return None
@@ -169,9 +168,12 @@ class _Worker:
             if not run_dir.exists():
                 say(said)
                 command = ["mainrun", "train", str(self._made.base_path()), *words]
-                settings = config.load(self._made.base_path(), words)
                 return prepare(
-                    settings, run_dir, run_dir.name, command=command, read=self._texts.read
+                    self._base.load(words),
+                    run_dir,
+                    run_dir.name,
+                    command=command,
+                    read=self._texts.read,
                 )
             if folder.is_finished(run_dir):
                 self._finish(trial, sweep_folder.outcome_of(run_dir, self._made.space.metric))
@@ -259,11 +261,7 @@ class _Worker:
         say(sweep_summary.told(self._made.space, self._study.trials(), trial.number,
                                self._study.wanted(), outcome))  # fmt: skip
         sweep_folder.report(self._made, self._study, "running", None)
-        failed = self._study.failures_since(self._since)
-        if len(failed) >= FAILURES_IN_A_ROW:
-            raise RunFailed(
-                f"{len(failed)} trials in a row failed, the last: {failed[-1].outcome.reason}"
-            )
+        self._study.check_failures(self._since)
 
     def _others_work(self) -> bool:
         """Waits while other processes have trials of this sweep; whether one became free."""
