@@ -62,6 +62,7 @@ class LiveRun:
             joined.network,
             micro_batches=joined.micro_batches,
             mask_documents=config.data.mask_documents,
+            head_tokens=backend.head_tokens(joined.network.vocab_size),
         )
 
     def tell_start(self, name: str, state: TrainState, compiled: Compiled) -> None:

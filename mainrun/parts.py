@@ -150,6 +150,7 @@ def train_step(config: Config, joined: Parts) -> TrainStep:
         config.training,
         micro_batches=joined.micro_batches,
         mask_documents=config.data.mask_documents,
+        head_tokens=backend.head_tokens(joined.network.vocab_size),
         samples=joined.samples,
     )
 

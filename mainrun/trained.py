@@ -199,6 +199,7 @@ def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:
         trained.network,
         micro_batches=parts.num_micro_batches(config),
         mask_documents=config.data.mask_documents,
+        head_tokens=backend.head_tokens(trained.network.vocab_size),
     )
     batch_size, context_length = config.training.batch_size, config.data.context_length
     scored = evaluate.score(score_batch, trained.params, text.windows, batch_size)

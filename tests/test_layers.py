@@ -2,6 +2,7 @@
 
 import math
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mainrun import config
-from mainrun.model import layers
+from mainrun.model import head, layers
 from mainrun.model.initializers import Initializer
 
 INIT = Initializer("normal", d_model=4)
@@ -38,16 +39,15 @@ def test_linear_and_its_gradients_are_those_of_plain_autodiff() -> None:
 
 def test_unembed_and_its_gradients_are_those_of_plain_autodiff() -> None:
     x, table, weight = normal(0, 6, 5), normal(1, 7, 5), normal(2, 6, 7)
-    ours, theirs = (jax.vjp(f, x, table)[1](weight) for f in (layers.unembed, lambda x, e: x @ e.T))
+    ours, theirs = (jax.vjp(f, x, table)[1](weight) for f in (head.unembed, lambda x, e: x @ e.T))
     for f, g in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(f, g, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", ["linear", "unembed"])
-def test_gradients_of_weights_are_float32_under_bfloat16(function: str) -> None:
+@pytest.mark.parametrize("call", [layers.linear, head.unembed], ids=["linear", "unembed"])
+def test_gradients_of_weights_are_float32_under_bfloat16(call: Callable) -> None:
     x, kernel = normal(0, 6, 5).astype(jnp.bfloat16), normal(1, 5, 5)
-    call = getattr(layers, function)
-    arguments = (x, kernel, normal(2, 5)) if function == "linear" else (x, kernel)
+    arguments = (x, kernel, normal(2, 5)) if call is layers.linear else (x, kernel)
     out, pull = jax.vjp(jax.jit(call), *arguments)
     dx, dkernel = pull(jnp.ones_like(out))[:2]
     assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)

@@ -10,7 +10,7 @@ import pytest
 from mainrun import config
 from mainrun.training import loss as losses
 from mainrun.training import step as steps
-from mainrun.training.loss import TokenLoss
+from mainrun.training.loss import Costs, TokenLoss
 from tests.test_gpt import VOCAB, some_params, tiny
 from tests.test_step import make, some_batch
 
@@ -69,27 +69,73 @@ def objective(settings: config.Regularization) -> np.ndarray:
     return total
 
 
-@cache
-def ours(settings: config.Regularization) -> tuple[TokenLoss, jax.Array]:
-    def loss(found: dict[str, jax.Array]) -> tuple[TokenLoss, jax.Array]:
-        model = NETWORK.bind(found)
+def ours(
+    settings: config.Regularization, head_tokens: int = losses.ALL
+) -> tuple[tuple[jax.Array, Costs], dict[str, jax.Array]]:
+    """What is minimised of the batch, its parts, and the gradient."""
+
+    def loss(found: dict[str, jax.Array]) -> tuple[jax.Array, Costs]:
         return losses.training_loss(
-            model, some_batch(), settings, mask_documents=False, dropout_keys=KEYS
+            NETWORK.bind(found),
+            some_batch(),
+            settings,
+            mask_documents=False,
+            dropout_keys=KEYS,
+            head_tokens=head_tokens,
         )
 
-    return jax.jit(loss)(params())
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params())
+
+
+def plain(settings: config.Regularization) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The objective with all logits at once, and its gradient by plain autodiff."""
+
+    def loss(found: dict[str, jax.Array]) -> jax.Array:
+        model, batch = NETWORK.bind(found), some_batch()
+        keys = [KEYS, KEYS ^ SECOND] if settings.r_drop else [KEYS]
+        passes = [model(jnp.asarray(batch.inputs), None, k) for k in keys]
+        target = jax.nn.one_hot(batch.targets, VOCAB)
+        target = target * (1 - settings.label_smoothing) + settings.label_smoothing / VOCAB
+        each = sum(
+            -(target * jax.nn.log_softmax(x)).sum(-1)
+            + settings.z_loss * jnp.square(jax.nn.logsumexp(x, -1))
+            for x in passes
+        ) / len(passes)
+        if settings.r_drop:
+            first, second = (jax.nn.log_softmax(x) for x in passes)
+            both = ((jnp.exp(first) - jnp.exp(second)) * (first - second)).sum(-1)
+            each += settings.r_drop / 4 * both
+        return (each * batch.weights).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(params())
 
 
 @pytest.mark.parametrize("settings", EACH.values(), ids=EACH)
 def test_each_regulariser_is_its_formula(settings: config.Regularization) -> None:
-    found, added = ours(settings)
+    (total, costs), _ = ours(settings)
     # The likelihood stays itself: of R-Drop's two passes it is the mean.
     passes = [logits(), logits(second=True)] if settings.r_drop else [logits()]
     likelihood = np.mean([cross_entropy(x) for x in passes], axis=0)
-    np.testing.assert_allclose(found.nll, likelihood, atol=1e-5)
-    np.testing.assert_allclose(added, objective(settings) - likelihood, atol=2e-5)
+    weights = np.asarray(some_batch().weights, np.float64)
+    added = objective(settings) - likelihood
+    np.testing.assert_allclose(costs.nll, (likelihood * weights).sum(), rtol=1e-6)
+    np.testing.assert_allclose(costs.added, (added * weights).sum(), rtol=1e-5)
+    np.testing.assert_allclose(total, costs.nll + costs.added, rtol=1e-6)
     assert np.abs(added).mean() > 1e-2
-    assert added.dtype == found.nll.dtype == jnp.float32
+    assert costs.added.dtype == costs.nll.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("head_tokens", [losses.ALL, 40, 8, 1])
+@pytest.mark.parametrize("settings", [config.Regularization(), *EACH.values()], ids=["none", *EACH])
+def test_a_few_positions_at_a_time_is_all_at_once(
+    settings: config.Regularization, head_tokens: int
+) -> None:
+    (total, _), gradient = ours(settings, head_tokens)
+    expected, by_autodiff = plain(settings)
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+    for name, array in by_autodiff.items():
+        largest = float(jnp.abs(array).max())
+        np.testing.assert_allclose(gradient[name], array, atol=2e-6 * largest + 1e-6, err_msg=name)
 
 
 def test_the_two_passes_drop_different_numbers_and_so_disagree() -> None:
@@ -97,13 +143,31 @@ def test_the_two_passes_drop_different_numbers_and_so_disagree() -> None:
 
 
 def test_zero_settings_are_exactly_the_plain_likelihood() -> None:
-    def plain(found: dict[str, jax.Array]) -> TokenLoss:
-        model = NETWORK.bind(found)
-        return losses.token_loss(model, some_batch(), mask_documents=False, dropout_keys=KEYS)
+    (total, costs), _ = ours(config.Regularization())
+    found = scored(losses.ALL)
+    np.testing.assert_allclose(total, (found.nll * some_batch().weights).sum(), rtol=1e-6)
+    assert total == costs.nll
+    assert costs.added == 0
 
-    found, added = ours(config.Regularization())
-    np.testing.assert_array_equal(found.nll, jax.jit(plain)(params()).nll)
-    np.testing.assert_array_equal(added, 0)
+
+@pytest.mark.parametrize("head_tokens", [40, 8, 1])
+def test_each_token_is_scored_alike_a_few_at_a_time(head_tokens: int) -> None:
+    expected = cross_entropy(logits())
+    np.testing.assert_allclose(scored(losses.ALL).nll, expected, atol=1e-5)
+    np.testing.assert_allclose(scored(head_tokens).nll, expected, atol=1e-5)
+
+
+def scored(head_tokens: int) -> TokenLoss:
+    def score(found: dict[str, jax.Array]) -> TokenLoss:
+        return losses.token_loss(
+            NETWORK.bind(found),
+            some_batch(),
+            mask_documents=False,
+            dropout_keys=KEYS,
+            head_tokens=head_tokens,
+        )
+
+    return jax.jit(score)(params())
 
 
 def test_a_step_minimises_the_objective_and_reports_the_likelihood() -> None:

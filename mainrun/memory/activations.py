@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mainrun import config
 from mainrun.model import sparse
 from mainrun.model.moe import Room
+from mainrun.training.chunks import count
 
 FLOAT32 = 4
 _MANY_ROWS = 4096
@@ -58,12 +59,14 @@ def final_norm(settings: config.Network, batch: MicroBatch) -> int:
     return _norm(settings, settings.widths[-1], batch) if settings.norm_position == "pre" else 0
 
 
-def logits(settings: config.Network, vocab_size: int, batch: MicroBatch) -> int:
+def logits(settings: config.Network, vocab_size: int, batch: MicroBatch, head_tokens: int) -> int:
     """Logits and their exponentials, side by side while the one is made of the other.
 
     Later the exponentials become the gradient in place. With a soft cap its gradient needs the
-    capped logits besides.
+    capped logits besides. Of a batch that is too large for it, those of a stretch at a time.
     """
+    chunks = count(batch.sequences, batch.time, most_tokens=head_tokens)
+    batch = batch._replace(time=batch.time // chunks)
     multiple = settings.pad_vocab_to_multiple_of
     padded = -(-vocab_size // multiple) * multiple
     capped = 0 if settings.logit_softcap is None else vocab_size

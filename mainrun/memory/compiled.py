@@ -9,7 +9,7 @@ from mainrun.data.batches import Batch
 from mainrun.errors import UserError
 from mainrun.model import lora
 from mainrun.model.gpt import Network
-from mainrun.training import optimizer, step
+from mainrun.training import backend, optimizer, step
 from mainrun.training.step import TrainState
 
 _SPARE = 0.95  # of the device's memory: the runtime needs some besides the step
@@ -68,6 +68,7 @@ def step_bytes(config: Config, vocab_size: int, micro_batches: int) -> int:
         config.training,
         micro_batches=micro_batches,
         mask_documents=config.data.mask_documents,
+        head_tokens=backend.head_tokens(vocab_size),
     )
     state, batch = abstract_state(config, vocab_size), abstract_batch(config)
     lowered = jax.jit(train_step, donate_argnums=0).lower(state, batch)

@@ -21,6 +21,7 @@ from mainrun.config import Config, ScheduleFreeAdamW
 from mainrun.memory import activations
 from mainrun.memory.activations import FLOAT32, MicroBatch, Parts
 from mainrun.memory.compiled import abstract_batch, abstract_state
+from mainrun.training import backend
 from mainrun.training.step import TrainState
 
 _HALF = 2  # bytes of a number of 16 bits
@@ -90,7 +91,7 @@ def _moments(
     }
     last = {
         "final_norm": activations.final_norm(model, batch),
-        "logits": activations.logits(model, vocab_size, batch),
+        "logits": activations.logits(model, vocab_size, batch, backend.head_tokens(vocab_size)),
         # R-Drop keeps the log probabilities, the probabilities and their difference.
         "two_passes": 3 * batch.wide(vocab_size) if passes > 1 else 0,
     }

@@ -20,8 +20,9 @@ from mainrun import config
 from mainrun.model import lora
 from mainrun.model.blocks import Block, Skip
 from mainrun.model.cache import Cache, Span
+from mainrun.model.head import Unembedding
 from mainrun.model.initializers import Initializer
-from mainrun.model.layers import DropoutKeys, DropoutRate, Embedding, dropout, fold, norm, unembed
+from mainrun.model.layers import DropoutKeys, DropoutRate, Embedding, dropout, fold, norm
 from mainrun.model.moe import Routing
 from mainrun.model.positions import sinusoids
 
@@ -103,11 +104,17 @@ class Gpt(nnx.Module):
 
     def logits(self, features: Float[Array, "*any width"]) -> Float[Array, "*any vocab"]:
         """Unnormalised log probabilities of the next token, float32."""
-        table = self.token_embedding if self.head is None else self.head
-        rows = unembed(features.reshape(-1, features.shape[-1]), table.embedding[...])
-        logits = rows[:, : self.vocab_size].reshape(*features.shape[:-1], -1)
-        cap = self.settings.logit_softcap  # Gemma Team 2024 (arXiv:2408.00118), section 2
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return self.unembedding.logits(features, self.head_table)
+
+    @property
+    def unembedding(self) -> Unembedding:
+        """How the head makes logits of features and its table."""
+        return Unembedding(self.vocab_size, self.settings.logit_softcap)
+
+    @property
+    def head_table(self) -> Float[Array, "rows width"]:
+        """An embedding for each token and for padding: the input's, where they are tied."""
+        return (self.token_embedding if self.head is None else self.head).embedding[...]
 
     def __call__(
         self,

@@ -196,28 +196,6 @@ def _linear_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array | Non
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-@jax.custom_vjp
-def unembed(
-    x: Float[Array, "rows width"], embedding: Float[Array, "vocab width"]
-) -> Float[Array, "rows vocab"]:
-    """Logits, float32: x @ embedding.T."""
-    return jnp.matmul(x, embedding.astype(x.dtype).T, preferred_element_type=jnp.float32)
-
-
-def _unembed_forward(x: Array, embedding: Array) -> tuple[Array, tuple[Array, Array]]:
-    return unembed(x, embedding), (x, embedding)
-
-
-def _unembed_backward(saved: tuple[Array, Array], dlogits: Array) -> tuple[Array, Array]:
-    x, embedding = saved
-    x, dlogits = jax.lax.optimization_barrier((x, dlogits.astype(x.dtype)))
-    dembedding = jnp.matmul(dlogits.T, x, preferred_element_type=jnp.float32)
-    return dlogits @ embedding.astype(x.dtype), dembedding
-
-
-unembed.defvjp(_unembed_forward, _unembed_backward)
-
-
 class DropoutRate(NamedTuple):
     """A rate as the mask needs it: arrays, so that a rate may be a value of a compiled step."""
 

@@ -13,6 +13,7 @@ from mainrun.config import Config
 from mainrun.data.batches import Batch
 from mainrun.model.layers import DropoutRate
 from mainrun.parts import Parts
+from mainrun.training import backend
 from mainrun.training import optimizer as optimizers
 from mainrun.training.step import Metrics, TrainState, make_train_step
 
@@ -59,6 +60,7 @@ def hyper_step(config: Config, joined: Parts, paths: frozenset[str]) -> HyperSte
             settings.training,
             micro_batches=joined.micro_batches,
             mask_documents=config.data.mask_documents,
+            head_tokens=backend.head_tokens(joined.network.vocab_size),
             samples=joined.samples,
             dropout=dropout,
         )

@@ -17,6 +17,14 @@ _CPU_TOKENS = 1024
 tokens took 6.9 s instead of 10.8 (SPEED 3.2)."""
 
 
+_LOGITS = 2**25
+"""Logits that are held at one time: 128 MiB."""
+
+_GPU_HEAD_TOKENS = 2048
+"""Positions of the head's product on a GPU, at least: fewer would not fill it (SPEED 1.4; not
+measured here)."""
+
+
 def prepare() -> None:
     """Set up this process; call before the first JAX computation. Twice is harmless.
 
@@ -45,6 +53,12 @@ def micro_batches(batch_size: int, context_length: int, *, at_least: int) -> int
         if batch_size % count == 0 and batch_size // count * context_length <= _CPU_TOKENS:
             return count
     return batch_size
+
+
+def head_tokens(vocab_size: int) -> int:
+    """Positions whose logits are held at one time, in training and in evaluation."""
+    few = 1 if jax.default_backend() == "cpu" else _GPU_HEAD_TOKENS
+    return max(few, _LOGITS // vocab_size)
 
 
 def peak_memory_bytes() -> int:

@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int
 
 from mainrun.data.batches import Batch, Windows, take
 from mainrun.model.gpt import Network, Params
-from mainrun.training.loss import TokenLoss, token_loss
+from mainrun.training.loss import ALL, TokenLoss, token_loss
 
 ScoreBatch = Callable[[Params, Batch], TokenLoss]
 
@@ -52,20 +52,38 @@ class Text:
         )
 
 
-def make_score_batch(network: Network, *, micro_batches: int, mask_documents: bool) -> ScoreBatch:
+def make_score_batch(
+    network: Network, *, micro_batches: int, mask_documents: bool, head_tokens: int = ALL
+) -> ScoreBatch:
     """The loss of every target of a batch, dropout off; compiled once for a network."""
     return partial(
-        _score_batch, network, micro_batches=micro_batches, mask_documents=mask_documents
+        _score_batch,
+        network,
+        micro_batches=micro_batches,
+        mask_documents=mask_documents,
+        head_tokens=head_tokens,
     )
 
 
-@partial(jax.jit, static_argnames=("network", "micro_batches", "mask_documents"))
+@partial(jax.jit, static_argnames=("network", "micro_batches", "mask_documents", "head_tokens"))
 def _score_batch(
-    network: Network, params: Params, batch: Batch, *, micro_batches: int, mask_documents: bool
+    network: Network,
+    params: Params,
+    batch: Batch,
+    *,
+    micro_batches: int,
+    mask_documents: bool,
+    head_tokens: int,
 ) -> TokenLoss:
     def part(rows: Batch) -> TokenLoss:
         model = network.bind(params)
-        return token_loss(model, rows, mask_documents=mask_documents, dropout_keys=None)
+        return token_loss(
+            model,
+            rows,
+            mask_documents=mask_documents,
+            dropout_keys=None,
+            head_tokens=head_tokens,
+        )
 
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(part, parts))

@@ -20,9 +20,8 @@ from mainrun.data.batches import Batch
 from mainrun.model import lora
 from mainrun.model.gpt import Network, Params
 from mainrun.model.layers import DropoutRate
-from mainrun.training import averaging, divergence, noise, precision
+from mainrun.training import averaging, divergence, loss, noise, precision
 from mainrun.training.divergence import Guard
-from mainrun.training.loss import training_loss
 from mainrun.training.noise import Noise, Norms
 from mainrun.training.optimizer import Optimizer
 from mainrun.training.precision import LossScale
@@ -75,9 +74,7 @@ class _Sums(NamedTuple):
     """Of micro-batches: what adds up."""
 
     gradient: Params
-    nll: Float[Array, ""]
-    added: Float[Array, ""]
-    balance: Float[Array, ""]
+    costs: loss.Costs
     norms: Norms
 
 
@@ -121,11 +118,13 @@ def make_train_step(
     *,
     micro_batches: int,
     mask_documents: bool,
+    head_tokens: int = loss.ALL,
     samples: averaging.Samples = averaging.EVERY_UPDATE,
     dropout: DropoutRate | None = None,
 ) -> TrainStep:
     """The step as a pure function, to be jitted with the state donated.
 
+    The logits of `head_tokens` positions are held at one time, of micro-batches cut further.
     `samples` are the updates that an average of samples (`training.weight_average`) takes.
     `dropout` stands for the network's rate. Numbers in the settings may be arrays, where
     `config.CARRIED` names them: that is how a population has them.
@@ -137,19 +136,18 @@ def make_train_step(
 
     def summed_loss(
         params: Params, frozen: Params, batch: Batch, keys: Array, factor: Array | float
-    ) -> tuple[Array, tuple[Array, Array, Array]]:
+    ) -> tuple[Array, loss.Costs]:
         """What is minimised, times tokens and `factor`; and its parts, times tokens."""
-        found, added = training_loss(
+        total, costs = loss.training_loss(
             network.bind(frozen | params, dropout),
             batch,
             training.regularization,
             mask_documents=mask_documents,
             dropout_keys=keys,
+            head_tokens=head_tokens,
+            factor=factor,
         )
-        # An example's balance counts as often as it has tokens: no cut of the batch moves that.
-        balance = (found.balance * batch.weights.sum(1)).sum()
-        nll, more = (found.nll * batch.weights).sum(), (added * batch.weights).sum()
-        return (nll + more + coefficient * balance) * factor, (nll, more, balance)
+        return total + coefficient * factor * costs.balance, costs
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = _example_keys(state.key, state.step, len(batch.inputs))
@@ -161,16 +159,14 @@ def make_train_step(
         value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
         def sums(part: Batch, part_keys: Array) -> _Sums:
-            (_, found), gradient = value_and_grad(point, state.frozen, part, part_keys, factor)
-            nll, added, balance = found
-            return _Sums(gradient, nll, added, balance, _norms(gradient, part, factor))
+            (_, costs), gradient = value_and_grad(point, state.frozen, part, part_keys, factor)
+            return _Sums(gradient, costs, _norms(gradient, part, factor))
 
         total = _accumulated(sums, batch, keys, micro_batches)
         gradient = jax.tree.map(lambda g: g / divisor, total.gradient)
-        loss, grad_norm = total.nll / tokens, optax.tree.norm(gradient)
-        balance = total.balance / tokens
+        mean, grad_norm = jax.tree.map(lambda s: s / tokens, total.costs), optax.tree.norm(gradient)
         outcome = divergence.outcome(
-            training.divergence, state.guard, loss, grad_norm, scales_loss=scales_loss
+            training.divergence, state.guard, mean.nll, grad_norm, scales_loss=scales_loss
         )
         noise_now = noise.observed(
             state.noise,
@@ -186,7 +182,7 @@ def make_train_step(
         kept = _where(outcome == divergence.APPLIED, updated, state)
         after = kept._replace(
             step=state.step + 1,
-            guard=divergence.observed(training.divergence, state.guard, loss, outcome),
+            guard=divergence.observed(training.divergence, state.guard, mean.nll, outcome),
         )
         if scales_loss:
             scaled = precision.next_scale(
@@ -194,11 +190,11 @@ def make_train_step(
             )
             after = after._replace(loss_scale=scaled)
         return after, Metrics(
-            loss=loss,
-            objective=loss + total.added / tokens + coefficient * balance,
+            loss=mean.nll,
+            objective=mean.nll + mean.added + coefficient * mean.balance,
             grad_norm=grad_norm,
             learning_rate=jnp.asarray(learning_rate(state.updates), jnp.float32),
-            balance_loss=balance,
+            balance_loss=mean.balance,
             outcome=outcome,
             in_a_row=after.guard.in_a_row,
             loss_scale=after.loss_scale,
