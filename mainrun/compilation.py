@@ -1,43 +1,55 @@
-"""The training step of a run, compiled for its shapes, with what that took and what it needs."""
+"""The training steps of a run, compiled for their shapes, with what that took and what it needs."""
 
 import time
 from dataclasses import dataclass
 from functools import partial
 
 import jax
+import numpy as np
 
 from mainrun import memory, parts
 from mainrun.config import Config
 from mainrun.origin import Base
 from mainrun.parts import Parts
 from mainrun.training import backend
-from mainrun.training.step import TrainState, TrainStep
+from mainrun.training.feed import Feed
+from mainrun.training.step import TrainState
+from mainrun.training.stretch import Run, stretch
+from mainrun.training.trainee import MOST_STEPS
 
 
 @dataclass(frozen=True, eq=False)
-class Compiled:
-    """The training step, ready to run."""
+class Compilation:
+    """What compiling took, and what it says."""
 
-    train_step: TrainStep
-    seconds: float  # that making it took
+    seconds: float
     step_bytes: int  # by the compiler's count
     estimate: memory.Estimate
 
 
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """Training steps, ready to run, and what feeds them."""
+
+    run: Run
+    feed: Feed
+    compilation: Compilation
+
+
 def compile_step(config: Config, joined: Parts, base: Base | None) -> Compiled:
-    """The step of these parts. Raises UserError where it does not fit the device."""
-    started = time.perf_counter()
-    train_step = parts.train_step(config, joined)
-    state, batch = initial_shapes(config, joined, base), parts.batch(config, joined.texts, 0)
-    executable = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
-    compiled = Compiled(
-        executable,
+    """The steps of these parts. Raises UserError where one does not fit the device."""
+    started, limit = time.perf_counter(), backend.memory_limit_bytes()
+    feed = parts.feed(config, joined.texts, MOST_STEPS, limit_bytes=limit)
+    run = stretch(parts.train_step(config, joined), feed.batch_at, feed.most)
+    state = initial_shapes(config, joined, base)
+    executable = jax.jit(run, donate_argnums=0).lower(state, feed(0, 1), np.int32(1)).compile()
+    compilation = Compilation(
         time.perf_counter() - started,
         memory.executable_bytes(executable),
         memory.estimate(config, joined.network.vocab_size, joined.micro_batches, state),
     )
-    memory.check_fits(compiled.step_bytes, backend.memory_limit_bytes())
-    return compiled
+    memory.check_fits(compilation.step_bytes, limit)
+    return Compiled(executable, feed, compilation)
 
 
 def initial_shapes(config: Config, joined: Parts, base: Base | None) -> TrainState:

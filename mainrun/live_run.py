@@ -7,11 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from mainrun import parts
-from mainrun.compilation import Compiled
+from mainrun.compilation import Compilation
 from mainrun.config import Config
 from mainrun.data import tokenizers
-from mainrun.data.batches import Batch
 from mainrun.errors import RunFailed, Stopped, one_line
 from mainrun.model.generate import generate
 from mainrun.model.gpt import Params, num_parameters
@@ -65,7 +63,7 @@ class LiveRun:
             head_tokens=backend.head_tokens(joined.network.vocab_size),
         )
 
-    def tell_start(self, name: str, state: TrainState, compiled: Compiled) -> None:
+    def tell_start(self, name: str, state: TrainState, compilation: Compilation) -> None:
         texts = self._parts.texts
         self._tracker.log(
             "run_started",
@@ -83,14 +81,14 @@ class LiveRun:
             device=backend.describe_device(),
             precision=self._config.training.precision,
             micro_batches=self._parts.micro_batches,
-            compile_seconds=compiled.seconds,
-            step_bytes=compiled.step_bytes,
-            estimated_step_bytes=compiled.estimate.total_bytes,
-            memory_bytes=compiled.estimate.by_part,
+            compile_seconds=compilation.seconds,
+            step_bytes=compilation.step_bytes,
+            estimated_step_bytes=compilation.estimate.total_bytes,
+            memory_bytes=compilation.estimate.by_part,
         )
 
     def course(self, trainee: Trainee, progress: Progress) -> Course:
-        """The run from here to its end, for whoever takes its steps. Raises what `fit` raises."""
+        """The run from here to its end, for whoever takes its steps. Raises as `loop.course`."""
         try:
             progress = yield from course(trainee, progress, self._parts.plan, self)
             self._saved.wait()
@@ -101,9 +99,6 @@ class LiveRun:
             self._tracker.log("stopped", resume_command=self._resume_with, **why)
             raise
         return progress
-
-    def batch(self, index: int) -> Batch:
-        return parts.batch(self._config, self._parts.texts, index)
 
     def evaluate(self, state: TrainState) -> float:
         started, number = time.perf_counter(), int(state.step)

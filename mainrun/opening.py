@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from mainrun import folder, memory, parts, trained
-from mainrun.compilation import Compiled, initial_shapes, initial_state
+from mainrun.compilation import Compilation, initial_shapes, initial_state
 from mainrun.config import Config
 from mainrun.console import say
 from mainrun.data import sources, tokenizers
@@ -102,7 +102,7 @@ def prepare_to_resume(
 @contextlib.contextmanager
 def opened(
     prepared: Prepared,
-    compiled: Compiled,
+    compilation: Compilation,
     stopping: Stopping,
     *,
     initial: Callable[[Config, Parts, Base | None], TrainState] = initial_state,
@@ -146,7 +146,7 @@ def opened(
         run = LiveRun(config, joined, tracker, saved, stopping, again, watch)
         state = restored.state if restored else initial(config, joined, base)
         if prepared.overrides is None:
-            run.tell_start(run_dir.name, state, compiled)
+            run.tell_start(run_dir.name, state, compilation)
         yield Opened(run, state, restored.progress if restored else Progress())
 
 

@@ -5,6 +5,7 @@ training, resuming and evaluating see the same data and the same network.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import optax
@@ -20,9 +21,13 @@ from mainrun.training import optimizer as optimizers
 from mainrun.training import schedule as schedules
 from mainrun.training.averaging import EVERY_UPDATE, Samples
 from mainrun.training.evaluate import Text
+from mainrun.training.feed import Feed, Resident, Sent, table_bytes
 from mainrun.training.loop import Plan
 from mainrun.training.optimizer import Optimizer
 from mainrun.training.step import TrainState, TrainStep
+
+_TEXT_SHARE = 0.02
+"""Of the device's memory, that the training text may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +175,23 @@ def batch(config: Config, texts: Texts, index: int) -> Batch:
         order=config.data.order,
         seed=config.seed,
     )
+
+
+def feed(config: Config, texts: Texts, most: int, *, limit_bytes: int | None = None) -> Feed:
+    """The training batches on their way to the device, for at most `most` steps at a time.
+
+    The text lies there where it takes less than a small part of `limit_bytes`.
+    """
+    if limit_bytes is None or table_bytes(texts.train) <= _TEXT_SHARE * limit_bytes:
+        numbers = partial(
+            batches.rows,
+            texts.train,
+            batch_size=config.training.batch_size,
+            order=config.data.order,
+            seed=config.seed,
+        )
+        return Resident(texts.train, numbers, most)
+    return Sent(partial(batch, config, texts), most)
 
 
 def _samples(settings: WeightAverage | None, lengths: dict[str, int]) -> Samples:

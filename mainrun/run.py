@@ -7,8 +7,8 @@ Signals are listened to here, and the step is compiled; how a run is prepared an
 from collections.abc import Sequence
 from pathlib import Path
 
-from mainrun import compilation, folder, memory, stop
-from mainrun.compilation import Compiled, compile_step
+from mainrun import folder, memory, stop
+from mainrun.compilation import Compiled, compile_step, initial_shapes
 from mainrun.config import Config
 from mainrun.console import say
 from mainrun.model.gpt import num_parameters
@@ -42,9 +42,9 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
 def dry_run(config: Config) -> str:
     """Everything up to the first step; a report of what a run would be and need."""
     prepared = prepare(config, None, "", command=())
-    compiled = _compile(prepared)
+    compilation = _compile(prepared).compilation
     joined, texts, plan = prepared.joined, prepared.texts, prepared.joined.plan
-    shapes = compilation.initial_shapes(prepared.config, joined, prepared.base)
+    shapes = initial_shapes(prepared.config, joined, prepared.base)
     limit = backend.memory_limit_bytes()
     rows = [
         ("parameters", _parameters(shapes)),
@@ -56,10 +56,10 @@ def dry_run(config: Config) -> str:
         ("steps", f"{plan.total_steps:,}, {joined.steps_per_epoch:,} an epoch, "
                   f"{plan.tokens_per_step:,} tokens each in {joined.micro_batches} micro-batches"),
         ("device", backend.describe_device()),
-        ("memory of a step", f"{memory.gibibytes(compiled.step_bytes)} by the compiler's count"
+        ("memory of a step", f"{memory.gibibytes(compilation.step_bytes)} by the compiler's count"
                              + (f", {memory.gibibytes(limit)} available" if limit else "")),
-        ("by part", memory.by_part(compiled.estimate)),
-        ("compilation", f"{compiled.seconds:.1f} s"),
+        ("by part", memory.by_part(compilation.estimate)),
+        ("compilation", f"{compilation.seconds:.1f} s"),
     ]  # fmt: skip
     return "\n".join(f"{name:16} {value}" for name, value in rows)
 
@@ -68,8 +68,8 @@ def _go(prepared: Prepared) -> None:
     # Only now: until there is something to save, a signal simply ends the process.
     with stop.listening() as stopping:
         compiled = _compile(prepared)
-        with opened(prepared, compiled, stopping) as (run, state, progress):
-            trainee = Alone(state, compiled.train_step, run.batch)
+        with opened(prepared, compiled.compilation, stopping) as (run, state, progress):
+            trainee = Alone(state, compiled.run, compiled.feed)
             del state  # the first step takes its memory over
             drive(run.course(trainee, progress), trainee.take)
 

@@ -13,8 +13,9 @@ from mainrun.errors import RunFailed, Stopped
 from mainrun.training import divergence, noise, precision
 from mainrun.training.checkpoint import Progress
 from mainrun.training.divergence import APPLIED, NOT_FINITE, OVERFLOWED, SPIKED
-from mainrun.training.loop import Plan, fit
+from mainrun.training.loop import Plan, course, drive
 from mainrun.training.step import Metrics, TrainState
+from mainrun.training.trainee import Asked, Dispatched, Measured
 
 PLAN = Plan(total_steps=10, eval_every=4, checkpoint_every=3, log_every=1, tokens_per_step=64)
 LIMIT = 3
@@ -78,6 +79,28 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss_scale=after.loss_scale,
         noise_tokens=math.nan,
     )
+
+
+class Trainee:
+    """Takes as many steps at once as it may, up to `at_once`."""
+
+    def __init__(self, state: TrainState, run: "Surroundings", at_once: int = 1) -> None:
+        self.state, self._run, self._at_once = state, run, at_once
+
+    def take(self, asked: Asked) -> Dispatched:
+        steps, metrics = min(asked.most, self._at_once), []
+        for index in range(asked.first, asked.first + steps):
+            self.state, found = train_step(self.state, self._run.batch(index))
+            metrics.append(found)
+        return Dispatched(steps, lambda: Measured(metrics, 0.5 * steps))
+
+
+def fit(
+    state: TrainState, progress: Progress, plan: Plan, run: "Surroundings", at_once: int = 1
+) -> tuple[TrainState, Progress]:
+    trainee = Trainee(state, run, at_once)
+    progress = drive(course(trainee, progress, plan, run), trainee.take)
+    return trainee.state, progress
 
 
 class Killed(BaseException):
@@ -148,9 +171,9 @@ class Course(NamedTuple):
     applied: list[int]
     progress: Progress
 
-    def fit(self, run: Surroundings) -> tuple[TrainState, Progress]:
+    def fit(self, run: Surroundings, at_once: int = 1) -> tuple[TrainState, Progress]:
         begin = run.newest if run.checkpoints else (state(), Progress())
-        final, progress = fit(*begin, train_step, self.plan, run)
+        final, progress = fit(*begin, self.plan, run, at_once)
         return final, dataclasses.replace(progress, train_seconds=0.0)
 
 
@@ -219,10 +242,12 @@ def places(which: Callable[[str, str], bool]) -> list:
 ENDS = ("step 10", "stopped_early 10", "save 10")
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 32])
 @pytest.mark.parametrize("course", COURSES.values(), ids=COURSES)
-def test_everything_happens_in_its_order(course: Course) -> None:
+def test_everything_happens_in_its_order(course: Course, at_once: int) -> None:
+    """However many steps are dispatched at once, where nothing else is due between them."""
     run = Surroundings(course.losses)
-    final, progress = course.fit(run)
+    final, progress = course.fit(run, at_once)
     assert run.told == course.told
     assert int(final.step) == 10
     assert applied(final) == course.applied
@@ -251,13 +276,14 @@ def test_a_stop_at_any_place_is_saved_and_resuming_does_the_rest(
     assert progress == course.progress
 
 
+@pytest.mark.parametrize("at_once", [1, 32])
 @pytest.mark.parametrize(("course", "kill_at"), places(lambda *_: True))
 def test_a_run_killed_at_any_place_repeats_what_came_after_its_checkpoint(
-    course: Course, kill_at: str
+    course: Course, kill_at: str, at_once: int
 ) -> None:
     first = Surroundings(course.losses, kill_at=kill_at)
     with pytest.raises(Killed):
-        course.fit(first)
+        course.fit(first, at_once)
     second = Surroundings(course.losses, checkpoints=first.checkpoints)
     final, progress = course.fit(second)
     at = max(first.checkpoints, default=-1)
@@ -292,14 +318,14 @@ def test_more_patience_goes_on_where_less_has_ended() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_skipped_step_is_told_with_its_loss(bad: float) -> None:
     run = Surroundings({2: bad})
-    fit(state(), Progress(), train_step, planned("skip"), run)
+    fit(state(), Progress(), planned("skip"), run)
     assert run.reasons == [f"the loss of step 3 is {bad:g} and its gradient norm 1"]
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_reason() -> None:
     run = Surroundings({4: math.nan, 5: SPIKE, 6: math.nan})
     with pytest.raises(RunFailed) as failed:
-        fit(state(), Progress(), train_step, planned("skip"), run)
+        fit(state(), Progress(), planned("skip"), run)
     said = str(failed.value)
     assert said.startswith("the loss of step 7 is nan and its gradient norm 1, the last of 3 such")
     assert "lower optimizer.learning_rate or lengthen schedule.warmup" in said
@@ -317,7 +343,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_reason() -> None:
 )
 def test_skipped_steps_that_are_not_in_a_row_end_nothing(losses: dict[int, float | str]) -> None:
     run = Surroundings(losses)
-    final, _ = fit(state(), Progress(), train_step, planned("skip"), run)
+    final, _ = fit(state(), Progress(), planned("skip"), run)
     assert applied(final) == [n for n in range(10) if n not in losses]
 
 
@@ -328,7 +354,7 @@ def test_to_stop_at_a_bad_step_fails_at_once_and_saves_nothing_of_it(
 ) -> None:
     run = Surroundings({index: bad})
     with pytest.raises(RunFailed, match=rf"the loss of step {index + 1} is .*: training diverged"):
-        fit(state(), Progress(), train_step, planned("stop"), run)
+        fit(state(), Progress(), planned("stop"), run)
     well = COURSES["all goes well"].told
     before = well[: well.index(f"step {index + 1}")]
     assert run.told == before
@@ -336,13 +362,13 @@ def test_to_stop_at_a_bad_step_fails_at_once_and_saves_nothing_of_it(
 
 def test_a_spike_is_told_with_what_it_was_measured_by() -> None:
     with pytest.raises(RunFailed, match=r"norm 1, more than 4.5 deviations above the mean: train"):
-        fit(state(), Progress(), train_step, planned("stop"), Surroundings({3: SPIKE}))
+        fit(state(), Progress(), planned("stop"), Surroundings({3: SPIKE}))
 
 
 @pytest.mark.parametrize("bad", range(10))
 def test_going_back_is_to_the_newest_checkpoint_and_on_behind_the_bad_batch(bad: int) -> None:
     run = Surroundings({bad: math.nan})
-    final, _ = fit(state(), Progress(), train_step, planned("go_back"), run)
+    final, _ = fit(state(), Progress(), planned("go_back"), run)
     newest = max(step for step in (0, 3, 4, 6, 9) if step <= bad)
     assert f"went_back {bad + 1} to {newest}" in run.told
     assert applied(final) == [n for n in range(10) if not newest <= n <= bad]
@@ -370,7 +396,7 @@ def test_overflows_at_the_least_scale_end_the_run_with_the_remedy() -> None:
     plan = planned("stop", limit_at_min_scale=4, scales_loss=True)
     run = Surroundings(dict.fromkeys((1, 2, 4, 5, 6, 7), OVERFLOW))
     with pytest.raises(RunFailed) as failed:
-        fit(state(), Progress(), train_step, plan, run)
+        fit(state(), Progress(), plan, run)
     said = str(failed.value)
     assert "gradients of step 8 overflow" in said
     assert "the last of 4 such steps in a row: set training.precision=bfloat16" in said
@@ -378,6 +404,13 @@ def test_overflows_at_the_least_scale_end_the_run_with_the_remedy() -> None:
         f"step_skipped {n + 1}" for n in (1, 2, 4, 5, 6, 7)
     ]
     assert "the loss scale is now 1" in run.reasons[0]
+
+
+@pytest.mark.parametrize("step", range(10))
+def test_steps_follow_one_another_up_to_what_is_due(step: int) -> None:
+    end = step + PLAN.steps_until_due(step)
+    due = [n for n in range(step + 1, 11) if n % 4 == 0 or n % 3 == 0 or n == 10]
+    assert end == due[0]
 
 
 def test_seldom_records_average_the_time_between_them() -> None:
@@ -388,7 +421,7 @@ def test_seldom_records_average_the_time_between_them() -> None:
             told[step] = fields
 
     plan = dataclasses.replace(PLAN, log_every=4)
-    _, progress = fit(state(), Progress(), train_step, plan, Timed())
+    _, progress = fit(state(), Progress(), plan, Timed())
     assert list(told) == [4, 8, 10]
     total = sum(told[n]["perf/step_ms"] * k for n, k in ((4, 4), (8, 4), (10, 2)))
     assert total == pytest.approx(1e3 * progress.train_seconds)

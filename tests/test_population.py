@@ -1,5 +1,6 @@
 """A member of a population equals its solo run, whatever kind of optimizer or model it is."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from mainrun import config, parts
 from mainrun.config import CARRIED, Config
 from mainrun.parts import Parts, Texts
 from mainrun.population.choice import Choice, choose
-from mainrun.population.hyper import hyper, hyper_step
+from mainrun.population.hyper import hyper, hyper_stretch
 from mainrun.population.places import Places, PopulationStep, compile_for
+from mainrun.training.feed import Sent
+from mainrun.training.trainee import Pace
 from tests.conftest import REPOSITORY
 
 STEPS = 4
@@ -80,16 +83,17 @@ def side_by_side(members: list[Config], texts: list[Texts]) -> tuple[list[Any], 
     paths = frozenset(CARRIED)
     states = [parts.initial_state(m, j, None) for m, j in zip(members, joined, strict=True)]
     hypers = [hyper(m, j, paths, 16) for m, j in zip(members, joined, strict=True)]
-    step = hyper_step(members[0], joined[0], paths)
-    batch = parts.batch(members[0], texts[0], 0)
-    places = Places(compile_for(step, len(members), hypers[0], states[0], batch))
+    feeds = [Sent(partial(parts.batch, m, t), most=3) for m, t in zip(members, texts, strict=True)]
+    run = hyper_stretch(members[0], joined[0], paths, feeds[0])
+    compiled = compile_for(run, len(members), hypers[0], states[0], feeds[0](0, 1))
+    places = Places(compiled, Pace(3))
     for place, pair in enumerate(zip(hypers, states, strict=True)):
         places.fill(place, *pair)
     metrics: list[list[Any]] = [[] for _ in members]
-    for index in range(STEPS):
-        batches = {p: parts.batch(m, texts[p], index) for p, m in enumerate(members)}
-        for place, done in places.take(batches).items():
-            metrics[place].append(done().metrics)
+    for first, steps in ((0, 1), (1, STEPS - 1)):
+        given = {place: feed(first, steps) for place, feed in enumerate(feeds)}
+        for place, done in places.take(given, steps).items():
+            metrics[place] += done.wait().metrics
     return [places.state(place) for place in range(len(members))], metrics
 
 
@@ -169,19 +173,19 @@ def test_a_setting_that_is_not_varied_stays_a_constant_of_the_step(base: list[st
 
 def test_a_place_that_is_left_is_taken_while_the_others_stay():
     step = compile_for(
-        lambda hypers, state, batch: (state + batch + hypers, state),
+        lambda hypers, state, feed, count: (state + feed + hypers, state[None]),
         3, np.float32(0), jnp.float32(0), np.float32(0),
     )  # fmt: skip
-    places = Places(step)
+    places = Places(step, Pace(1))
     for place in range(3):
         places.fill(place, np.float32(place), jnp.float32(10 * place))
-    places.take({0: np.float32(1), 2: np.float32(3)})
+    places.take({0: np.float32(1), 2: np.float32(3)}, 1)
     assert [float(places.state(place)) for place in (0, 2)] == [1.0, 25.0]
     places.fill(1, np.float32(0.5), jnp.float32(100))
     places.set_state(2, jnp.float32(-1))
-    done = places.take({place: np.float32(0) for place in range(3)})
+    done = places.take({place: np.float32(0) for place in range(3)}, 1)
     assert [float(places.state(place)) for place in range(3)] == [1.0, 100.5, 1.0]
-    assert [float(done[place]().metrics) for place in range(3)] == [1.0, 100.0, -1.0]
+    assert [float(done[place].wait().metrics[0]) for place in range(3)] == [1.0, 100.0, -1.0]
 
 
 def test_on_a_cpu_runs_go_one_after_another_unless_told_otherwise():

@@ -260,11 +260,11 @@ def test_trials_that_run_out_of_memory_together_go_on_fewer_at_a_time(
     study.close()
     take, taken = Places.take, []
 
-    def full(self: Places, batches: dict) -> dict:
+    def full(self: Places, feeds: dict, steps: int) -> dict:
         taken.append(len(self))
         if taken.count(4) == 2 and len(self) == 4:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
-        return take(self, batches)
+        return take(self, feeds, steps)
 
     monkeypatch.setattr(Places, "take", full)
     now = datetime.now().isoformat()

@@ -110,13 +110,20 @@ def batch(windows: Windows, index: int, *, batch_size: int, order: Order, seed: 
     `sequential` reads the windows in their order, the same in every epoch; `shuffled` permutes
     them anew each epoch. Either way an epoch has no window twice.
     """
+    return take(windows, rows(windows, index, batch_size=batch_size, order=order, seed=seed))
+
+
+def rows(
+    windows: Windows, index: int, *, batch_size: int, order: Order, seed: int
+) -> Int[np.ndarray, " batch"]:
+    """The row numbers of the windows that batch `index` reads."""
     epoch, step = divmod(index, steps_per_epoch(windows, batch_size))
-    rows = np.arange(step * batch_size, (step + 1) * batch_size)
+    numbers = np.arange(step * batch_size, (step + 1) * batch_size)
     match order:
         case "sequential":
-            return take(windows, rows)
+            return numbers
         case "shuffled":
-            return take(windows, _permutation(seed, epoch, len(windows))[rows])
+            return _permutation(seed, epoch, len(windows))[numbers]
         case _:
             assert_never(order)
 

@@ -13,7 +13,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from mainrun import config as configs
@@ -26,6 +25,7 @@ from mainrun.learning_rate.picture import draw
 from mainrun.learning_rate.ramp import Ramp, decimal
 from mainrun.training import backend, divergence, optimizer
 from mainrun.training.step import Metrics
+from mainrun.training.trainee import Alone, Asked
 
 Tell = Callable[[str], None]
 
@@ -124,10 +124,9 @@ def _steps(config: Config, ramp: Ramp, tell: Tell) -> Iterator[Metrics]:
 
     tell("compiling the training step")
     compiled = compile_step(config, joined, base)
-    state = initial_state(config, joined, base)
+    trainee = Alone(initial_state(config, joined, base), compiled.run, compiled.feed)
     for index in count():
-        state, metrics = compiled.train_step(state, parts.batch(config, texts, index))
-        yield jax.device_get(metrics)
+        yield trainee.take(Asked(index, 1)).wait().metrics[0]
 
 
 def _overrides(settings: configs.Optimizer, rate: float) -> list[str]:

@@ -7,29 +7,31 @@ runs to free places and lets all of them advance until some have ended.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from mainrun import memory, parts
-from mainrun.compilation import Compiled
+from mainrun.compilation import Compilation
 from mainrun.config import Config, structure
-from mainrun.data.batches import Batch
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.live_run import LiveRun, Stopping, Watch
 from mainrun.opening import Prepared, opened
 from mainrun.origin import Base
 from mainrun.parts import Parts
 from mainrun.population.choice import Choice, choose
-from mainrun.population.hyper import Hyper, hyper, hyper_step
+from mainrun.population.hyper import Hyper, hyper, hyper_stretch
 from mainrun.population.places import Places, PopulationStep, compile_for
 from mainrun.training import backend, step
+from mainrun.training.feed import Sent
 from mainrun.training.loop import Course
 from mainrun.training.step import TrainState
+from mainrun.training.trainee import Asked, Pace
 
 _MEASURED_STEPS = 6
+_MOST_STEPS = 8  # of a dispatch: the batches of all places are sent with it
 
 
 @dataclass(eq=False)
@@ -38,9 +40,10 @@ class Running:
 
     place: int
     run: LiveRun
+    feed: Sent
     course: Course
     open: contextlib.ExitStack
-    batch_index: int = 0
+    asked: Asked = field(default_factory=lambda: Asked(0, 1))
     has_ended: bool = False
     error: BaseException | None = None
 
@@ -69,7 +72,8 @@ class Group:
         self._structure = structure(first.config, paths)
         config, joined = first.config, first.joined
         self._updates = _room(joined.plan.total_steps)
-        self._step = hyper_step(config, joined, paths)
+        self._feed, self._pace = self._feed_of(first), Pace(_MOST_STEPS)
+        self._run = hyper_stretch(config, joined, paths, self._feed)
         self._initial = jax.jit(self._make_state, donate_argnums=1)
         self._running: dict[int, Running] = {}
         self._shapes = jax.eval_shape(
@@ -77,9 +81,8 @@ class Group:
         )
         chosen = choose(wanted, self._compile, self._seconds)
         memory.check_fits(chosen.step_bytes, backend.memory_limit_bytes())
-        self._places = Places(chosen)
-        self._compiled = Compiled(
-            chosen.run,
+        self._places = Places(chosen, self._pace)
+        self._compilation = Compilation(
             chosen.seconds,
             chosen.step_bytes,
             memory.estimate(config, joined.network.vocab_size, joined.micro_batches, self._shapes),
@@ -114,16 +117,19 @@ class Group:
         stack = contextlib.ExitStack()
         run, state, progress = stack.enter_context(
             opened(
-                prepared, self._compiled, stopping,
+                prepared, self._compilation, stopping,
                 initial=self._initial_state, watch=watch, label=label,
             )
         )  # fmt: skip
-        self._compiled = replace(self._compiled, seconds=0.0)  # the first run has waited for it
+        self._compilation = replace(
+            self._compilation, seconds=0.0
+        )  # the first run has waited for it
         given = hyper(prepared.config, prepared.joined, self._paths, self._updates)
         self._places.fill(place, given, state)
         del state
         course = run.course(Trainee(self._places, place), progress)
-        running = self._running[place] = Running(place, run, course, stack)
+        feed = self._feed_of(prepared)
+        running = self._running[place] = Running(place, run, feed, course, stack)
         try:
             self._go_on(running, lambda: next(course))
         except Exception as error:  # XLA's, of the first evaluation
@@ -131,12 +137,13 @@ class Group:
         return running
 
     def advance(self) -> None:
-        """One step of every run; some may have ended with it.
+        """Steps of every run, until one of them has something else to do; some may have ended.
 
         Raises what XLA raises: then the others are lost, and wait to be closed.
         """
-        batches = {p: r.run.batch(r.batch_index) for p, r in self._running.items()}
-        dispatched = self._places.take(batches)
+        steps = min(self._pace.steps, *(r.asked.most for r in self._running.values()))
+        feeds = {p: r.feed(r.asked.first, steps) for p, r in self._running.items()}
+        dispatched = self._places.take(feeds, steps)
         for place, running in list(self._running.items()):
             self._go_on(running, partial(running.course.send, dispatched[place]))
 
@@ -147,9 +154,9 @@ class Group:
             self._leave(running, error)
         return all_of_them
 
-    def _go_on(self, running: Running, to_next_step: Callable[[], int]) -> None:
+    def _go_on(self, running: Running, to_next_step: Callable[[], Asked]) -> None:
         try:
-            running.batch_index = to_next_step()
+            running.asked = to_next_step()
         except StopIteration:
             self._leave(running, None)
         except (RunFailed, UserError, Stopped) as error:
@@ -178,23 +185,24 @@ class Group:
         return self._initial(jax.random.key(config.seed), base.params if base else None)
 
     def _compile(self, places: int) -> PopulationStep:
-        return compile_for(self._step, places, self._example(), self._shapes, self._batch())
+        return compile_for(self._run, places, self._example(), self._shapes, self._feed(0, 1))
 
     def _seconds(self, compiled: PopulationStep) -> float:
         """What a step takes for each run, measured on states that nobody needs."""
-        places, example = Places(compiled), self._example()
+        places, example = Places(compiled, Pace(1)), self._example()
         for place in range(compiled.places):
             state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes)
             places.fill(place, example, state)
-        batches = dict.fromkeys(range(compiled.places), self._batch())
-        taken = [places.take(batches)[0]().seconds for _ in range(_MEASURED_STEPS)]
+        feeds = dict.fromkeys(range(compiled.places), self._feed(0, 1))
+        taken = [places.take(feeds, 1)[0].wait().seconds for _ in range(_MEASURED_STEPS)]
         return min(taken[1:]) / compiled.places  # the first one warms up
 
     def _example(self) -> Hyper:
         return hyper(self._first.config, self._first.joined, self._paths, self._updates)
 
-    def _batch(self) -> Batch:
-        return parts.batch(self._first.config, self._first.texts, 0)
+    def _feed_of(self, prepared: Prepared) -> Sent:
+        """Members may differ in their texts, so what they read is sent."""
+        return Sent(partial(parts.batch, prepared.config, prepared.texts), _MOST_STEPS)
 
 
 def _room(steps: int) -> int:

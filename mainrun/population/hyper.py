@@ -1,12 +1,13 @@
 """A training step whose hyper-parameters are inputs: compiled once for runs that differ in them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mainrun import config as configs
 from mainrun.config import Config
@@ -15,7 +16,9 @@ from mainrun.model.layers import DropoutRate
 from mainrun.parts import Parts
 from mainrun.training import backend
 from mainrun.training import optimizer as optimizers
+from mainrun.training.feed import Feed
 from mainrun.training.step import Metrics, TrainState, make_train_step
+from mainrun.training.stretch import stretch
 
 _DROPOUT = "model.dropout"
 
@@ -28,6 +31,8 @@ class Hyper(NamedTuple):
 
 
 HyperStep = Callable[[Hyper, TrainState, Batch], tuple[TrainState, Metrics]]
+HyperRun = Callable[[Hyper, TrainState, Any, Int[Array, ""]], tuple[TrainState, Metrics]]
+"""As `stretch.Run`."""
 
 
 def hyper(config: Config, joined: Parts, paths: frozenset[str], updates: int) -> Hyper:
@@ -39,6 +44,18 @@ def hyper(config: Config, joined: Parts, paths: frozenset[str], updates: int) ->
         values[_DROPOUT] = DropoutRate.of(config.model.dropout)
     rates = jax.jit(jax.vmap(lambda count: jnp.float32(joined.learning_rate(count))))
     return Hyper(rates(jnp.arange(updates)), values)
+
+
+def hyper_stretch(config: Config, joined: Parts, paths: frozenset[str], feed: Feed) -> HyperRun:
+    """Several steps of every run with the structure of this one."""
+    step = hyper_step(config, joined, paths)
+
+    def run(
+        given: Hyper, state: TrainState, feeds: Any, count: Array
+    ) -> tuple[TrainState, Metrics]:
+        return stretch(partial(step, given), feed.batch_at, feed.most)(state, feeds, count)
+
+    return run
 
 
 def hyper_step(config: Config, joined: Parts, paths: frozenset[str]) -> HyperStep:

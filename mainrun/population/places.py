@@ -15,40 +15,43 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mainrun import memory
-from mainrun.training.trainee import Clock, Dispatched, Measured
+from mainrun.training.trainee import Clock, Dispatched, Measured, Pace, each
 
 
 class PopulationStep(NamedTuple):
-    """A step for so many runs at once, compiled."""
+    """Steps for so many runs at once, compiled."""
 
     places: int
-    run: Any  # hypers, states, batches to states and metrics
+    run: Any  # hypers, states, feeds, number of steps to states and metrics
     seconds: float  # that compiling took
     step_bytes: int
 
 
 def compile_for(
-    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    run: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
     places: int,
     hyper: Any,
     state: Any,
-    batch: Any,
+    feed: Any,
 ) -> PopulationStep:
-    """The step for so many runs; the arguments are one run's, or their shapes."""
+    """The steps of so many runs; the arguments are one run's, or their shapes.
+
+    `run` takes a number of steps besides, which is the same for all.
+    """
     started = time.perf_counter()
-    arguments = jax.tree.map(_abstract, (hyper, state, batch))
+    arguments = jax.tree.map(_abstract, (hyper, state, feed))
     if places > 1:
-        step = jax.vmap(step)
+        run = jax.vmap(run, in_axes=(0, 0, 0, None))
         arguments = jax.tree.map(partial(_stacked_shape, places), arguments)
-    executable = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+    executable = jax.jit(run, donate_argnums=1).lower(*arguments, np.int32(1)).compile()
     return PopulationStep(
         places, executable, time.perf_counter() - started, memory.executable_bytes(executable)
     )
 
 
 class Places:
-    def __init__(self, step: PopulationStep) -> None:
-        self._step, self._clock = step, Clock()
+    def __init__(self, step: PopulationStep, pace: Pace) -> None:
+        self._step, self._clock, self._pace = step, Clock(), pace
         self._held: tuple[Any, Any] | None = None  # hypers and states
 
     def __len__(self) -> int:
@@ -77,30 +80,30 @@ class Places:
         hypers, states = self._held
         self._held = hypers, state if len(self) == 1 else _put(states, place, state)
 
-    def take(self, batches: Mapping[int, Any]) -> dict[int, Dispatched]:
-        """One step of every place for which there is a batch."""
+    def take(self, feeds: Mapping[int, Any], steps: int) -> dict[int, Dispatched]:
+        """So many steps of every place for which there is a feed."""
         assert self._held is not None
         started = time.perf_counter()
         hypers, states = self._held
-        some = next(iter(batches.values()))
-        rows = [batches.get(place, some) for place in range(len(self))]
-        batch = some if len(self) == 1 else jax.tree.map(lambda *parts: np.stack(parts), *rows)
-        states, metrics = self._step.run(hypers, states, batch)
+        some = next(iter(feeds.values()))
+        rows = [feeds.get(place, some) for place in range(len(self))]
+        feed = some if len(self) == 1 else jax.tree.map(lambda *parts: np.stack(parts), *rows)
+        states, metrics = self._step.run(hypers, states, feed, np.int32(steps))
         self._held = hypers, states
 
         @cache
-        def measured() -> Measured:
-            found = jax.device_get(metrics)
-            return Measured(found, self._clock.seconds(started))
+        def measured() -> tuple[Any, float]:
+            found, seconds = jax.device_get(metrics), self._clock.seconds(started)
+            self._pace.observe(seconds / steps)
+            return found, seconds
 
         def of(place: int) -> Measured:
-            all_of_them = measured()
-            if len(self) == 1:
-                return all_of_them
-            own = jax.tree.map(lambda leaf: leaf[place], all_of_them.metrics)
-            return all_of_them._replace(metrics=own)
+            found, seconds = measured()
+            if len(self) > 1:
+                found = jax.tree.map(lambda leaf: leaf[place], found)
+            return Measured(each(found, steps), seconds)
 
-        return {place: partial(of, place) for place in batches}
+        return {place: Dispatched(steps, partial(of, place)) for place in feeds}
 
 
 @partial(jax.jit, donate_argnums=0)

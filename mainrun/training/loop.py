@@ -2,10 +2,10 @@
 
 At every step number the order is: evaluate if due, save if due, stop if asked, take the step. The
 loop knows no file, signal or tracker; it is handed what to call. Nothing in it waits for the
-device but reading metrics, and step n's are read after step n + 1 was dispatched.
+device but reading metrics, and those of some steps are read after the next ones were dispatched.
 
-A run is a course that asks for one step after the other and never takes one itself: `fit` takes
-them for one run, a population takes those of many runs at once.
+A run is a course that asks for steps, as many as may follow one another before something else is
+due, and never takes one itself: `drive` takes them for one run, a population those of many runs.
 """
 
 import dataclasses
@@ -16,13 +16,12 @@ from typing import NoReturn, Protocol, runtime_checkable
 import jax.numpy as jnp
 
 from mainrun import config
-from mainrun.data.batches import Batch
 from mainrun.errors import RunFailed, Stopped
 from mainrun.training import divergence
 from mainrun.training.backend import peak_memory_bytes
 from mainrun.training.checkpoint import Progress
-from mainrun.training.step import Metrics, TrainState, TrainStep
-from mainrun.training.trainee import Alone, Dispatched, Trainee
+from mainrun.training.step import Metrics, TrainState
+from mainrun.training.trainee import Asked, Dispatched, Trainee
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +47,11 @@ class Plan:
             return self.divergence.action == "go_back"  # there must be something to go back to
         return step % self.checkpoint_every == 0 or step == self.total_steps
 
+    def steps_until_due(self, step: int) -> int:
+        """How many steps may follow this one before there is something else to do; at least 1."""
+        regular = [self.checkpoint_every] + ([self.eval_every] if self.eval_every else [])
+        return min(self.total_steps - step, *(every - step % every for every in regular))
+
     def is_over(self, step: int, progress: Progress) -> bool:
         is_patient = self.patience is None or progress.evaluations_since_best < self.patience
         return step >= self.total_steps or not is_patient
@@ -56,8 +60,6 @@ class Plan:
 @runtime_checkable
 class Surroundings(Protocol):
     """What a run lends the loop."""
-
-    def batch(self, index: int) -> Batch: ...
 
     def evaluate(self, state: TrainState) -> float:
         """Log the metrics of these parameters; their `val/loss`. Raises Stopped to give up."""
@@ -72,35 +74,27 @@ class Surroundings(Protocol):
     def stop_requested(self) -> bool: ...
 
 
-Course = Generator[int, Dispatched, Progress]
-"""Asks for a step on the batch of this index, and is told when it was dispatched."""
+Course = Generator[Asked, Dispatched, Progress]
+"""Asks for steps, and is told how many of them were dispatched."""
 
 
-def fit(
-    state: TrainState, progress: Progress, train_step: TrainStep, plan: Plan, run: Surroundings
-) -> tuple[TrainState, Progress]:
-    """The state after the last step. Raises Stopped once a requested stop is saved.
-
-    Raises RunFailed where training diverges more often than the plan allows.
-    """
-    trainee = Alone(state, train_step, run.batch)
-    progress = drive(course(trainee, progress, plan, run), trainee.take)
-    return trainee.state, progress
-
-
-def drive(going: Course, take: Callable[[int], Dispatched]) -> Progress:
-    """Takes the steps of one course to its end."""
+def drive(going: Course, take: Callable[[Asked], Dispatched]) -> Progress:
+    """Takes the steps of one course to its end. Raises what the course raises."""
     try:
-        index = next(going)
+        asked = next(going)
         while True:
-            index = going.send(take(index))
+            asked = going.send(take(asked))
     except StopIteration as end:
         progress: Progress = end.value
         return progress
 
 
 def course(trainee: Trainee, progress: Progress, plan: Plan, run: Surroundings) -> Course:
-    """The run from here to its end, step by step. Raises what `fit` raises."""
+    """The run from here to its end, in steps that somebody takes.
+
+    Raises Stopped once a requested stop is saved, RunFailed where training diverges more often than
+    the plan allows.
+    """
     pipeline = _Pipeline(plan, run, progress.train_seconds)
     returns, saved_step = int(trainee.state.guard.returns), int(trainee.state.step)
     while True:
@@ -152,8 +146,9 @@ def _steps(
             if not due:
                 run.save(trainee.state, progress, best=progress.best_step == step)
             raise Stopped
-        pipeline.push(step + 1, (yield step), progress)
-        step += 1
+        dispatched = yield Asked(step, plan.steps_until_due(step))
+        pipeline.push(step, dispatched, progress)
+        step += dispatched.steps
 
 
 def _evaluated(progress: Progress, step: int, loss: float) -> Progress:
@@ -192,7 +187,7 @@ def _fail(reason: str) -> NoReturn:
 
 
 class _Pipeline:
-    """Reads each step's metrics one step late, while the device works on the next."""
+    """Reads the metrics of what was dispatched while the device works on what comes next."""
 
     def __init__(self, plan: Plan, run: Surroundings, train_seconds: float) -> None:
         self._plan, self._run = plan, run
@@ -201,7 +196,7 @@ class _Pipeline:
         self._unlogged_steps, self._unlogged_seconds = 0, 0.0
 
     def push(self, step: int, dispatched: Dispatched, progress: Progress) -> None:
-        """The device has this step; what it had before is read."""
+        """The device has the steps after this one; what it had before is read."""
         if self._waiting is not None:
             self._read(progress)
         self._waiting = step, dispatched
@@ -216,15 +211,17 @@ class _Pipeline:
     def _read(self, progress: Progress) -> None:
         """Raises _Diverged for a step to go back from, RunFailed where there were too many."""
         assert self._waiting is not None
-        step, dispatched = self._waiting
-        metrics, seconds = dispatched()
-        self._train_seconds += seconds
-        self._unlogged_steps += 1
-        self._unlogged_seconds += seconds
-        if metrics.outcome != divergence.APPLIED:
-            self._skipped(step, metrics, progress)
-        if step % self._plan.log_every == 0 or step == self._plan.total_steps:
-            self._log(step, metrics)
+        before, dispatched = self._waiting
+        found = dispatched.wait()
+        seconds = found.seconds / dispatched.steps
+        for step, metrics in enumerate(found.metrics, before + 1):
+            self._train_seconds += seconds
+            self._unlogged_steps += 1
+            self._unlogged_seconds += seconds
+            if metrics.outcome != divergence.APPLIED:
+                self._skipped(step, metrics, progress)
+            if step % self._plan.log_every == 0 or step == self._plan.total_steps:
+                self._log(step, metrics)
 
     def _skipped(self, step: int, metrics: Metrics, progress: Progress) -> None:
         """Tells of a step that changed nothing, and does what the settings say."""
@@ -242,7 +239,7 @@ class _Pipeline:
             case "stop":
                 _fail(reason)
             case "go_back":
-                self._waiting = None  # the step after it is of no use
+                self._waiting = None  # the steps after it are of no use
                 progress = dataclasses.replace(progress, train_seconds=self._train_seconds)
                 raise _Diverged(step, reason, progress)
             case "skip":

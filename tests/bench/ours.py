@@ -1,6 +1,6 @@
 """mainrun as a contestant: `python -m tests.bench.ours SETTINGS.json`, lines as `worker.py` says.
 
-It runs `loop.fit`, the loop of a real run, over real batches. Only what PyTorch's side has no
+It runs the loop of a real run over real batches. Only what PyTorch's side has no
 counterpart of is left out: evaluations, checkpoints, and writing the metrics down.
 """
 
@@ -17,28 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mainrun import config, parts
-from mainrun.data import batches
+from mainrun.compilation import compile_step, initial_state
 from mainrun.model.gpt import num_parameters
 from mainrun.training import backend, loop, step
 from mainrun.training.checkpoint import Progress
+from mainrun.training.trainee import Alone
 from tests.bench import given
 
 
 class Surroundings:
-    """What the loop calls: batches for it, and nothing done with what it reports."""
+    """What the loop calls: nothing is done with what it reports."""
 
-    def __init__(self, run: config.Config, tokens: batches.Windows) -> None:
-        self.run, self.tokens = run, tokens
+    def __init__(self) -> None:
         self.loss = float("nan")
-
-    def batch(self, index: int) -> batches.Batch:
-        return batches.batch(
-            self.tokens,
-            index,
-            batch_size=self.run.training.batch_size,
-            order=self.run.data.order,
-            seed=self.run.seed,
-        )
 
     def evaluate(self, state: step.TrainState) -> float:
         return 0.0
@@ -64,22 +55,22 @@ def main(path: str) -> None:
     run = config.load(Path(settings["config"]))
     texts = given.load_windows(Path(settings["windows"]))
     joined = parts.assemble(run, texts)
-    train_step = jax.jit(parts.train_step(run, joined), donate_argnums=0)
-    state = jax.jit(lambda: parts.initial_state(run, joined, None))()
+    compiled = compile_step(run, joined, None)
+    state = initial_state(run, joined, None)
     weights = np.load(settings["weights"])
     state = state._replace(params={name: jnp.array(weights[name]) for name in weights})
-    surroundings = Surroundings(run, texts.train)
-    progress = Progress()
+    trainee = Alone(state, compiled.run, compiled.feed)
+    surroundings, progress = Surroundings(), Progress()
     done = 0
 
     def steps(count: int) -> float:
         """The last one's loss."""
-        nonlocal state, progress, done
+        nonlocal progress, done
         done += count
         plan = dataclasses.replace(
             joined.plan, total_steps=done, eval_every=None, checkpoint_every=done, log_every=1
         )
-        state, progress = loop.fit(state, progress, train_step, plan, surroundings)
+        progress = loop.drive(loop.course(trainee, progress, plan, surroundings), trainee.take)
         return surroundings.loss
 
     facts = {
@@ -88,14 +79,14 @@ def main(path: str) -> None:
         "device": backend.describe_device(),
         "float32_matmul": jax.config.jax_default_matmul_precision or "default",
         "micro_batches": joined.micro_batches,
-        "parameters": num_parameters(state.params),
+        "parameters": num_parameters(trainee.state.params),
     }
     print("READY " + json.dumps(facts), flush=True)
     for line in sys.stdin:
         count = int(line)
         started = time.perf_counter()
         loss = steps(count)
-        jax.block_until_ready(state)
+        jax.block_until_ready(trainee.state)
         seconds = (time.perf_counter() - started) / count
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         answer = {"seconds": seconds, "loss": loss, "steps": done, "device_bytes": peak}

@@ -1,0 +1,91 @@
+"""Steps in one dispatch are, bit for bit, the same steps one by one."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mainrun import config
+from mainrun.training.feed import Sent
+from mainrun.training.stretch import stretch
+from mainrun.training.trainee import Alone, Asked, Pace
+from tests.test_step import make, some_batch
+
+MOST = 5
+
+
+def batch(index: int) -> Any:
+    given = some_batch()
+    return given._replace(inputs=np.roll(given.inputs, index, axis=0))
+
+
+FEED = Sent(batch, MOST)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[Any, Any]:
+    step, state, _ = make(config.Training(precision="float32"), dropout=0.2, micro_batches=2)
+    return jax.jit(stretch(step, FEED.batch_at, MOST)), state
+
+
+@pytest.mark.parametrize("cuts", [[5], [2, 3], [1, 1, 1, 1, 1]])
+def test_however_steps_are_cut_into_dispatches_the_bits_are_the_same(
+    compiled: tuple[Any, Any], cuts: list[int]
+) -> None:
+    run, state = compiled
+    whole, metrics = run(state, FEED(0, 5), np.int32(5))
+    losses, first = [], 0
+    for steps in cuts:
+        state, found = run(state, FEED(first, steps), np.int32(steps))
+        losses += np.asarray(found.loss)[:steps].tolist()
+        first += steps
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert losses == np.asarray(metrics.loss).tolist()
+
+
+def test_they_are_the_steps_of_the_plain_step(compiled: tuple[Any, Any]) -> None:
+    run, state = compiled
+    step, _, _ = make(config.Training(precision="float32"), dropout=0.2, micro_batches=2)
+    after, metrics = run(state, FEED(0, 3), np.int32(3))
+    for index in range(3):
+        state, found = step(state, batch(index))
+        assert float(metrics.loss[index]) == pytest.approx(float(found.loss), rel=1e-6)
+    for one, other in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trainee_takes_no_more_than_it_is_asked_and_than_go_into_a_dispatch(
+    compiled: tuple[Any, Any],
+) -> None:
+    run, state = compiled
+    trainee = Alone(state, run, FEED)
+    taken, index = [], 0
+    for most in (1000, 1000, 1000, 1, 2):
+        dispatched = trainee.take(Asked(index, most))
+        found = dispatched.wait()
+        assert len(found.metrics) == dispatched.steps <= min(most, MOST)
+        index += dispatched.steps
+        taken.append(dispatched.steps)
+    assert taken[0] == 1  # nobody knows yet how long one takes
+    assert int(trainee.state.step) == index
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1e-9, 8), (0.1, 2), (0.05, 5), (9.0, 1)])
+def test_short_steps_go_many_to_a_dispatch_and_long_ones_alone(
+    seconds: float, expected: int
+) -> None:
+    pace = Pace(8)
+    assert pace.steps == 1
+    pace.observe(seconds)
+    assert pace.steps == expected
+
+
+def test_the_second_dispatch_compiles_nothing(compiled: tuple[Any, Any]) -> None:
+    run, state = compiled
+    counted = jax.jit(partial(run))
+    for steps in (1, MOST):
+        counted(state, FEED(0, steps), np.int32(steps))
+    assert counted._cache_size() == 1
