@@ -177,10 +177,10 @@ def batch(config: Config, texts: Texts, index: int) -> Batch:
     )
 
 
-def feed(config: Config, texts: Texts, most: int, *, limit_bytes: int | None = None) -> Feed:
+def feed(config: Config, texts: Texts, most: int, *, limit_bytes: int | None) -> Feed:
     """The training batches on their way to the device, for at most `most` steps at a time.
 
-    The text lies there where it takes less than a small part of `limit_bytes`.
+    The text lies there where it takes no more than a small part of `limit_bytes` (None: unknown).
     """
     if limit_bytes is None or table_bytes(texts.train) <= _TEXT_SHARE * limit_bytes:
         numbers = partial(

@@ -30,6 +30,18 @@ MODERN = [
 # Reduced sizes, each so that another part is the largest: vocabulary, largest part, overrides.
 CASES: dict[str, tuple[int, str, list[str]]] = {
     "gpt with many tokens to choose from": (6000, "logits", [*SMALL, "training.batch_size=6"]),
+    "a vocabulary whose logits are never there at once": (
+        100_000,
+        "logits",
+        ["model.d_model=64", "model.num_layers=1", "model.attention.num_heads=2",
+         "training.batch_size=8"],
+    ),
+    "the same, read twice": (
+        100_000,
+        "two_passes",
+        ["model.d_model=64", "model.num_layers=1", "model.attention.num_heads=2",
+         "training.batch_size=4", "training.regularization.r_drop=1"],
+    ),
     "gpt of characters": (
         90,
         "mlp",

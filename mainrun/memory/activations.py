@@ -59,14 +59,18 @@ def final_norm(settings: config.Network, batch: MicroBatch) -> int:
     return _norm(settings, settings.widths[-1], batch) if settings.norm_position == "pre" else 0
 
 
-def logits(settings: config.Network, vocab_size: int, batch: MicroBatch, head_tokens: int) -> int:
+def at_head(batch: MicroBatch, head_tokens: int) -> MicroBatch:
+    """The stretch of it whose logits are in memory at one time."""
+    chunks = count(batch.sequences, batch.time, most_tokens=head_tokens)
+    return batch._replace(time=batch.time // chunks)
+
+
+def logits(settings: config.Network, vocab_size: int, batch: MicroBatch) -> int:
     """Logits and their exponentials, side by side while the one is made of the other.
 
     Later the exponentials become the gradient in place. With a soft cap its gradient needs the
-    capped logits besides. Of a batch that is too large for it, those of a stretch at a time.
+    capped logits besides.
     """
-    chunks = count(batch.sequences, batch.time, most_tokens=head_tokens)
-    batch = batch._replace(time=batch.time // chunks)
     multiple = settings.pad_vocab_to_multiple_of
     padded = -(-vocab_size // multiple) * multiple
     capped = 0 if settings.logit_softcap is None else vocab_size

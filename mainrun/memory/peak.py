@@ -89,11 +89,12 @@ def _moments(
         "embedding": activations.embedding(model, batch),
         "dropout_index": activations.dropout_index(model, batch),
     }
+    at_head = activations.at_head(batch, backend.head_tokens(vocab_size))
     last = {
         "final_norm": activations.final_norm(model, batch),
-        "logits": activations.logits(model, vocab_size, batch, backend.head_tokens(vocab_size)),
+        "logits": activations.logits(model, vocab_size, at_head),
         # R-Drop keeps the log probabilities, the probabilities and their difference.
-        "two_passes": 3 * batch.wide(vocab_size) if passes > 1 else 0,
+        "two_passes": 3 * at_head.wide(vocab_size) if passes > 1 else 0,
     }
     kept = sum(sum(part.values()) for part in (first, *blocks, last))
     moment = functools.partial(Estimate, activation_bytes=kept)
@@ -107,10 +108,12 @@ def _moments(
             "rounded_weights": _rounded_weights(config, state, is_cut=is_cut),
         }
     )
-    yield moment("the end of the forward pass", in_hand | last, blocks)
     gradients = _bytes_of(state.params, "token_embedding" if model.tie_embeddings else "head")
+    # Stretch by stretch, the table's gradient is summed up beside the logits: the sum and a part.
+    summed = 2 * gradients if at_head.time < batch.time else 0
+    yield moment("the end of the forward pass", in_hand | last | {"gradients": summed}, blocks)
     # Of the logits their gradient is left.
-    head = last | {"logits": batch.wide(vocab_size), "gradients": gradients}
+    head = last | {"logits": at_head.wide(vocab_size), "gradients": gradients}
     yield moment("the gradient of the head", in_hand | head, blocks)
     for number in reversed(range(len(blocks))):
         own = _bytes_of(state.params, f"blocks.{number}")

@@ -41,6 +41,29 @@ def joined(array: Array) -> Array:
     return array.swapaxes(0, 1).reshape(batch, chunks * time, *array.shape[3:])
 
 
+def over(one: Callable[[Any], tuple[Any, Any]], chunks: int, whole: Any) -> tuple[Any, Any]:
+    """The sum of the first of what `one` gives for each stretch, and the others side by side."""
+    if chunks == 1:
+        return one(whole)
+    total, beside = sum_of(one, jax.tree.map(partial(cut, chunks=chunks), whole))
+    return total, jax.tree.map(joined, beside)
+
+
+def sum_of(one: Callable[[Any], tuple[Any, Any]], parts: Any) -> tuple[Any, Any]:
+    """The sum of the first of what `one` gives for each row of `parts`, and the others in rows.
+
+    One row's results are in memory at a time.
+    """
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
+
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
+        found, beside = one(part)
+        return jax.tree.map(jnp.add, total, found), beside
+
+    return jax.lax.scan(add, zero, parts)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def summed(
     of: Sum,
@@ -51,9 +74,11 @@ def summed(
     numbers: Any,
 ) -> tuple[Array, Any]:
     """What `of` gives for all positions. Its first sum has gradients, by features and table."""
-    return _over(lambda part: (of(part[0], table, part[1], numbers), None), chunks, features, rows)[
-        0
-    ]
+
+    def one(part: tuple[Array, Any]) -> tuple[tuple[Array, Any], None]:
+        return of(part[0], table, part[1], numbers), None
+
+    return over(one, chunks, (features, rows))[0]
 
 
 def _forward(
@@ -68,7 +93,7 @@ def _forward(
         found, (dfeatures, *dtable) = gradient(part[0], table, part[1], numbers)
         return (found, dtable), dfeatures
 
-    (found, dtable), dfeatures = _over(one, chunks, features, rows)
+    (found, dtable), dfeatures = over(one, chunks, (features, rows))
     return found, (dfeatures, dtable)
 
 
@@ -88,21 +113,3 @@ def _values(given: Any) -> Any:
     """What stands in JAX's pairs of a value and whether it has a gradient."""
     pair = jax.custom_derivatives.CustomVJPPrimal
     return jax.tree.map(lambda x: x.value, given, is_leaf=lambda x: isinstance(x, pair))
-
-
-def _over(
-    one: Callable[[tuple[Array, Any]], tuple[Any, Any]], chunks: int, features: Array, rows: Any
-) -> tuple[Any, Any]:
-    """The sum of the first of what `one` gives for each stretch, and the others side by side."""
-    if chunks == 1:
-        return one((features, rows))
-    parts = jax.tree.map(partial(cut, chunks=chunks), (features, rows))
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
-
-    def add(total: Any, part: tuple[Array, Any]) -> tuple[Any, Any]:
-        found, beside = one(part)
-        return jax.tree.map(jnp.add, total, found), beside
-
-    total, beside = jax.lax.scan(add, zero, parts)
-    return total, jax.tree.map(joined, beside)

@@ -59,8 +59,9 @@ class Resident:
         )
 
     def __call__(self, index: int, count: int) -> tuple[Table, Int[np.ndarray, "most batch"]]:
-        numbers = [self._rows(index + min(n, count - 1)) for n in range(self.most)]
-        return self._table, np.stack(numbers).astype(np.int32)
+        numbers = [self._rows(index + n) for n in range(count)]
+        unused = [numbers[0]] * (self.most - count)
+        return self._table, np.stack([*numbers, *unused]).astype(np.int32)
 
     def batch_at(self, given: tuple[Table, Array], step: Int[Array, ""]) -> Batch:
         table, rows = given

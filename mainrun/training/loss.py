@@ -50,9 +50,13 @@ def token_loss(
     targets = jnp.asarray(batch.targets)
     head, table = model.unembedding, model.head_table
     number = chunks.count(*targets.shape, most_tokens=head_tokens)
-    parts = tuple(chunks.cut(x, number) for x in (read.features, targets))
-    nll = jax.lax.map(lambda part: _nll(head.logits(part[0], table), part[1])[0], parts)
-    return TokenLoss(chunks.joined(nll), _balance(read, batch))
+
+    def one(part: tuple[Array, Array]) -> tuple[None, Array]:
+        features, targets = part
+        return None, _nll(head.logits(features, table), targets)[0]
+
+    nll = chunks.over(one, number, (read.features, targets))[1]
+    return TokenLoss(nll, _balance(read, batch))
 
 
 def training_loss(

@@ -20,7 +20,7 @@ from mainrun.data.batches import Batch
 from mainrun.model import lora
 from mainrun.model.gpt import Network, Params
 from mainrun.model.layers import DropoutRate
-from mainrun.training import averaging, divergence, loss, noise, precision
+from mainrun.training import averaging, chunks, divergence, loss, noise, precision
 from mainrun.training.divergence import Guard
 from mainrun.training.noise import Noise, Norms
 from mainrun.training.optimizer import Optimizer
@@ -262,10 +262,5 @@ def _accumulated(
     if micro_batches == 1:
         return compute(batch, keys)
 
-    def add(total: _Sums, part: tuple[Batch, Array]) -> tuple[_Sums, None]:
-        return jax.tree.map(jnp.add, total, compute(*part)), None
-
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (batch, keys))
-    one = jax.tree.map(lambda x: x[0], parts)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, *one))
-    return jax.lax.scan(add, zero, parts)[0]
+    return chunks.sum_of(lambda part: (compute(*part), None), parts)[0]
