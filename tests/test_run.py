@@ -312,6 +312,17 @@ def _forget_the_end(run_dir: Path) -> None:
     path.write_text("\n".join(kept) + "\n")
 
 
+def _stop_between_saves(process: subprocess.Popen, run_dir: Path) -> None:
+    """Stops the process for a while. The writers of a save under way would print tracebacks."""
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        if not any((run_dir / "checkpoints").glob("*tmp*")):
+            return
+        process.send_signal(signal.SIGCONT)
+        os.sched_yield()
+
+
 def test_a_full_disk_fails_with_the_reason_and_spares_the_checkpoint_before(
     tmp_path: Path, tiny: list[str], mainrun: Mainrun
 ) -> None:
@@ -324,7 +335,9 @@ def test_a_full_disk_fails_with_the_reason_and_spares_the_checkpoint_before(
     try:
         process = start("train", *tiny, "training.max_steps=100000", "--run-dir", run_dir)
         assert _after("checkpoint", 2)(process, run_dir)
+        _stop_between_saves(process, run_dir)
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
+        process.send_signal(signal.SIGCONT)
         told, _ = process.communicate(timeout=120)
         copied = shutil.copytree(run_dir, tmp_path / "copy")
     finally:
