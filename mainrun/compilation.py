@@ -39,10 +39,12 @@ class Compiled:
 def compile_step(config: Config, joined: Parts, base: Base | None) -> Compiled:
     """The steps of these parts. Raises UserError where one does not fit the device."""
     started, limit = time.perf_counter(), backend.memory_limit_bytes()
-    feed = parts.feed(config, joined.texts, MOST_STEPS, limit_bytes=limit)
+    feed = parts.feed(config, joined, MOST_STEPS, limit_bytes=limit)
     run = stretch(parts.train_step(config, joined), feed.batch_at, feed.most)
     state = initial_shapes(config, joined, base)
-    executable = jax.jit(run, donate_argnums=0).lower(state, feed(0, 1), np.int32(1)).compile()
+    given = state, feed(0, 1), np.int32(1)
+    options = joined.layout.jit_options(given, (state, jax.eval_shape(run, *given)[1]))
+    executable = jax.jit(run, donate_argnums=0, **options).lower(*given).compile()
     compilation = Compilation(
         time.perf_counter() - started,
         memory.executable_bytes(executable),
@@ -53,14 +55,17 @@ def compile_step(config: Config, joined: Parts, base: Base | None) -> Compiled:
 
 
 def initial_shapes(config: Config, joined: Parts, base: Base | None) -> TrainState:
-    """The state before the first step, in shapes alone."""
-    return jax.eval_shape(_make_state(config, joined), base.params if base else None)
+    """The state before the first step: shapes alone, and where on a mesh its arrays lie."""
+    shapes = jax.eval_shape(_make_state(config, joined), base.params if base else None)
+    return joined.layout.on_devices(shapes)
 
 
 def initial_state(config: Config, joined: Parts, base: Base | None) -> TrainState:
     """The state before the first step. It takes the base's arrays over: one copy is enough."""
-    make = jax.jit(_make_state(config, joined), donate_argnums=0)
-    return make(base.params if base else None)
+    shapes, layout = initial_shapes(config, joined, base), joined.layout
+    given = {n: layout.put(array) for n, array in base.params.items()} if base else None
+    options = layout.jit_options([given], shapes)
+    return jax.jit(_make_state(config, joined), donate_argnums=0, **options)(given)
 
 
 def _make_state(config: Config, joined: Parts) -> "partial[TrainState]":

@@ -111,8 +111,19 @@ class Console:
         return "  ".join(parts)
 
 
+_is_quiet = False
+
+
+def be_quiet() -> None:
+    """From now on this process leaves the telling to another."""
+    global _is_quiet
+    _is_quiet = True
+
+
 def say(text: str) -> None:
     """A line for whoever waits, before there is a run to tell of."""
+    if _is_quiet:
+        return
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

@@ -15,7 +15,7 @@ from mainrun.model.generate import generate
 from mainrun.model.gpt import Params, num_parameters
 from mainrun.parts import Parts
 from mainrun.tracking import Tracker
-from mainrun.training import backend, evaluate
+from mainrun.training import backend, cluster, evaluate
 from mainrun.training.checkpoint import Checkpoints, Progress
 from mainrun.training.loop import Course, course
 from mainrun.training.step import TrainState
@@ -40,6 +40,24 @@ class Stopping(Protocol):
         """Raises Stopped when a stop was requested."""
 
 
+class Voted:
+    """A stop that any process of a run may ask for, and all obey at one step."""
+
+    def __init__(self, own: Stopping) -> None:
+        self._own, self._vote = own, cluster.Vote(0)
+
+    @property
+    def reason(self) -> str | None:
+        return self._own.reason
+
+    def requested(self) -> bool:
+        return self._vote(int(self._own.requested())) > 0
+
+    def check(self) -> None:
+        if self.requested():
+            raise Stopped
+
+
 class LiveRun:
     """What the loop calls: batches, evaluations, checkpoints, the log and the stop signal."""
 
@@ -54,13 +72,14 @@ class LiveRun:
         watch: Watch = lambda step, found: None,
     ) -> None:
         self._config, self._parts, self._watch = config, joined, watch
-        self._tracker, self._saved, self._stopping = tracker, saved, stopping
+        self._tracker, self._saved, self._stopping = tracker, saved, Voted(stopping)
         self._resume_with = resume_with
         self._score_batch = evaluate.make_score_batch(
             joined.network,
             micro_batches=joined.micro_batches,
             mask_documents=config.data.mask_documents,
-            head_tokens=backend.head_tokens(joined.network.vocab_size),
+            head_tokens=joined.head_tokens,
+            layout=joined.layout,
         )
 
     def tell_start(self, name: str, state: TrainState, compilation: Compilation) -> None:
@@ -79,6 +98,7 @@ class LiveRun:
             train_tokens=texts.num_train_tokens,
             val_tokens=int(texts.validation.tokens.sum()),
             device=backend.describe_device(),
+            mesh=str(self._parts.layout),
             precision=self._config.training.precision,
             micro_batches=self._parts.micro_batches,
             compile_seconds=compilation.seconds,
@@ -133,6 +153,7 @@ class LiveRun:
 
     def saved(self, number: int, like: TrainState) -> TrainState:
         self._saved.wait()
+        cluster.wait_for_all()
         try:
             return self._saved.restore(number, like)[0]
         except Exception as error:  # damage has many shapes
@@ -156,7 +177,7 @@ class LiveRun:
             state.all_params,
             np.full((count, 1), eos_id, np.int32),
             np.ones(count, np.int32),
-            jax.random.fold_in(jax.random.key(self._config.seed), state.step),
+            jax.random.fold_in(jax.random.key(self._config.seed), int(state.step)),
             max_tokens=min(_SAMPLE_TOKENS, self._config.data.context_length - 1),
             eos_id=eos_id,
         )

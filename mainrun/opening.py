@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from tokenizers import Tokenizer
 
 from mainrun import folder, memory, parts, trained
 from mainrun.compilation import Compilation, initial_shapes, initial_state
 from mainrun.config import Config
-from mainrun.console import say
+from mainrun.console import be_quiet, say
 from mainrun.data import sources, tokenizers
 from mainrun.environment import write_environment
 from mainrun.errors import UserError
@@ -22,9 +23,10 @@ from mainrun.live_run import LiveRun, Stopping, Watch
 from mainrun.origin import Base
 from mainrun.parts import Parts, Texts
 from mainrun.result import resume_command
-from mainrun.tracking import open_tracker
-from mainrun.training import backend
+from mainrun.tracking import Silent, Tracker, open_tracker
+from mainrun.training import backend, cluster, mesh
 from mainrun.training.checkpoint import Checkpoints, Progress, Restored
+from mainrun.training.mesh import Layout
 from mainrun.training.step import TrainState
 from mainrun.wandb_run import check_wandb
 
@@ -67,14 +69,20 @@ def prepare(
     *,
     command: Sequence[str],
     read: ReadTexts = read_texts,
+    layout: Layout | None = None,
 ) -> Prepared:
-    """A new run. Raises UserError for whatever cannot be read or cannot work."""
+    """A new run, on the devices of the config's mesh where no layout is given.
+
+    Raises UserError for whatever cannot be read or cannot work.
+    """
     _prepare_process(config)
     config = _with_pinned_data(config)
+    layout = layout or _layout(config)
     base = _load_base(config)
     texts = read(config, base.tokenizer if base else None)
+    _check_same(texts.fingerprint)
     config = memory.settled(config, texts.tokenizer.get_vocab_size())
-    return Prepared(config, parts.assemble(config, texts), base, command, run_dir, name)
+    return Prepared(config, parts.assemble(config, texts, layout), base, command, run_dir, name)
 
 
 def prepare_to_resume(
@@ -83,11 +91,16 @@ def prepare_to_resume(
     *,
     command: Sequence[str],
     read: ReadTexts = read_texts,
+    layout: Layout | None = None,
 ) -> Prepared:
-    """A run to go on with. Raises UserError where its folder or its data is not what it was."""
+    """A run to go on with, on whatever devices there are now.
+
+    Raises UserError where its folder or its data is not what it was.
+    """
     config = folder.config_to_resume(run_dir, overrides)
     base = trained.base_to_resume(config, run_dir)
     _prepare_process(config)
+    layout = layout or _layout(config)
     texts = read(config, tokenizers.load(run_dir / "tokenizer.json"))
     if texts.fingerprint != (trained_on := folder.data_fingerprint(run_dir)):
         raise UserError(
@@ -95,7 +108,7 @@ def prepare_to_resume(
             f"{texts.fingerprint[:12]}, not {trained_on[:12]}): resume with the data it had"
         )
     config = memory.settled(config, texts.tokenizer.get_vocab_size())
-    joined = parts.assemble(config, texts)
+    joined = parts.assemble(config, texts, layout)
     return Prepared(config, joined, base, command, run_dir, run_dir.name, overrides)
 
 
@@ -118,30 +131,38 @@ def opened(
     restored: Restored | None = None
     damaged: list[str] = []
     if prepared.overrides is None:
-        run_dir = _made(prepared)
+        run_dir = Path(cluster.from_first(lambda: str(_made(prepared))))
     else:
         assert prepared.run_dir is not None
         run_dir = prepared.run_dir
         restored, damaged = _newest(run_dir, _restorable(config, joined, base))
+        _check_same(f"checkpoint {restored.step if restored else None}")
         if restored is None and base is None and config.training.init_from is not None:
             base = trained.find_base(config, run_dir)
     step = restored.step if restored else 0
-    with (
-        open_tracker(
-            run_dir,
-            config,
-            total_steps=joined.plan.total_steps,
-            resume_step=None if prepared.overrides is None else step,
-            label=label,
-        ) as tracker,
-        Checkpoints(run_dir / "checkpoints", keep=config.training.checkpoint.keep) as saved,
-    ):
-        if prepared.overrides is not None:
-            saved.discard_after(restored.step if restored else -1)
-            for reason in damaged:
-                tracker.log("warning", message=f"damaged checkpoint left out: {reason}")
-            tracker.log("resumed", step, overrides=list(prepared.overrides), damaged=damaged)
-            _write_environment(prepared, run_dir)
+    telling = open_tracker(
+        run_dir,
+        config,
+        total_steps=joined.plan.total_steps,
+        resume_step=None if prepared.overrides is None else step,
+        label=label,
+    )
+    with contextlib.ExitStack() as stack:
+        tracker: Tracker = Silent()
+        checkpoints = run_dir / "checkpoints"
+        if cluster.is_first():
+            tracker = stack.enter_context(telling)
+            saved = Checkpoints(checkpoints, keep=config.training.checkpoint.keep)
+            stack.enter_context(saved)
+            if prepared.overrides is not None:
+                saved.discard_after(restored.step if restored else -1)
+                for reason in damaged:
+                    tracker.log("warning", message=f"damaged checkpoint left out: {reason}")
+                tracker.log("resumed", step, overrides=list(prepared.overrides), damaged=damaged)
+                _write_environment(prepared, run_dir)
+        cluster.wait_for_all()
+        if not cluster.is_first():
+            saved = stack.enter_context(Checkpoints(checkpoints, read_only=True))
         again = resume_command(run_dir, prepared.overrides or ())
         run = LiveRun(config, joined, tracker, saved, stopping, again, watch)
         state = restored.state if restored else initial(config, joined, base)
@@ -177,6 +198,28 @@ def _prepare_process(config: Config) -> None:
     """A process made ready for JAX; UserError for what the config asks of W&B in vain."""
     check_wandb(config)
     backend.prepare()
+    if not cluster.is_first():
+        be_quiet()
+
+
+def _layout(config: Config) -> Layout:
+    """The devices of the config's mesh, and a word where some are left out."""
+    training, devices = config.training, jax.devices()
+    cuts = 1 if training.grad_accumulation == "auto" else training.grad_accumulation
+    examples = training.batch_size // cuts
+    made = mesh.layout(config.mesh, examples, devices, processes=jax.process_count())
+    if made.devices < len(devices):
+        say(f"{made.devices} of {len(devices)} devices: more cannot share {examples} examples")
+    return made
+
+
+def _check_same(fact: str) -> None:
+    """Raises UserError where the processes of this run do not see the same files."""
+    if (first := cluster.from_first(lambda: fact)) != fact:
+        raise UserError(
+            f"process {jax.process_index()} reads other files than the first one ({fact[:20]}, not "
+            f"{first[:20]}): all need the same data, and a run folder that all of them see"
+        )
 
 
 def _load_base(config: Config) -> Base | None:

@@ -23,6 +23,7 @@ from mainrun.training.averaging import EVERY_UPDATE, Samples
 from mainrun.training.evaluate import Text
 from mainrun.training.feed import Feed, Resident, Sent, table_bytes
 from mainrun.training.loop import Plan
+from mainrun.training.mesh import ONE, Layout
 from mainrun.training.optimizer import Optimizer
 from mainrun.training.step import TrainState, TrainStep
 
@@ -58,6 +59,8 @@ class Parts:
     plan: Plan
     steps_per_epoch: int
     micro_batches: int
+    head_tokens: int  # whose logits are held at one time, on all devices together
+    layout: Layout
 
 
 def read_texts(config: Config, tokenizer: Tokenizer | None = None) -> Texts:
@@ -112,9 +115,9 @@ def build_network(config: Config, tokenizer: Tokenizer) -> Network:
     )
 
 
-def assemble(config: Config, texts: Texts) -> Parts:
-    """Network, optimizer and plan for these texts."""
-    training = config.training
+def assemble(config: Config, texts: Texts, layout: Layout = ONE) -> Parts:
+    """Network, optimizer and plan for these texts, on these devices."""
+    training, network = config.training, build_network(config, texts.tokenizer)
     steps_per_epoch = batches.steps_per_epoch(texts.train, training.batch_size)
     total_steps = schedules.num_steps(training, steps_per_epoch)
     lengths = {
@@ -126,7 +129,7 @@ def assemble(config: Config, texts: Texts) -> Parts:
     evals = training.evals_per_epoch
     return Parts(
         texts=texts,
-        network=build_network(config, texts.tokenizer),
+        network=network,
         learning_rate=learning_rate,
         optimizer=optimizers.optimizer(config.optimizer, learning_rate, training.grad_clip),
         plan=Plan(
@@ -142,7 +145,9 @@ def assemble(config: Config, texts: Texts) -> Parts:
         ),
         samples=_samples(training.weight_average, lengths),
         steps_per_epoch=steps_per_epoch,
-        micro_batches=num_micro_batches(config),
+        micro_batches=num_micro_batches(config, layout),
+        head_tokens=backend.head_tokens(network.vocab_size) * layout.devices,
+        layout=layout,
     )
 
 
@@ -155,8 +160,9 @@ def train_step(config: Config, joined: Parts) -> TrainStep:
         config.training,
         micro_batches=joined.micro_batches,
         mask_documents=config.data.mask_documents,
-        head_tokens=backend.head_tokens(joined.network.vocab_size),
+        head_tokens=joined.head_tokens,
         samples=joined.samples,
+        layout=joined.layout,
     )
 
 
@@ -177,11 +183,12 @@ def batch(config: Config, texts: Texts, index: int) -> Batch:
     )
 
 
-def feed(config: Config, texts: Texts, most: int, *, limit_bytes: int | None) -> Feed:
-    """The training batches on their way to the device, for at most `most` steps at a time.
+def feed(config: Config, joined: Parts, most: int, *, limit_bytes: int | None) -> Feed:
+    """The training batches on their way to the devices, for at most `most` steps at a time.
 
-    The text lies there where it takes no more than a small part of `limit_bytes` (None: unknown).
+    The text lies on each where it takes no more than a small part of `limit_bytes` (None: unknown).
     """
+    texts = joined.texts
     if limit_bytes is None or table_bytes(texts.train) <= _TEXT_SHARE * limit_bytes:
         numbers = partial(
             batches.rows,
@@ -190,7 +197,7 @@ def feed(config: Config, texts: Texts, most: int, *, limit_bytes: int | None) ->
             order=config.data.order,
             seed=config.seed,
         )
-        return Resident(texts.train, numbers, most)
+        return Resident(texts.train, numbers, most, joined.layout.put)
     return Sent(partial(batch, config, texts), most)
 
 
@@ -206,13 +213,14 @@ def _samples(settings: WeightAverage | None, lengths: dict[str, int]) -> Samples
             return EVERY_UPDATE
 
 
-def num_micro_batches(config: Config) -> int:
+def num_micro_batches(config: Config, layout: Layout = ONE) -> int:
     """Pieces that a batch is computed in, in training and in evaluation."""
     asked = config.training.grad_accumulation  # auto: a run has settled it before (`memory`)
     return backend.micro_batches(
         config.training.batch_size,
         config.data.context_length,
         at_least=1 if asked == "auto" else asked,
+        shards=layout.example_shards,
     )
 
 

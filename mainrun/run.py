@@ -13,7 +13,7 @@ from mainrun.config import Config
 from mainrun.console import say
 from mainrun.model.gpt import num_parameters
 from mainrun.opening import Prepared, opened, prepare, prepare_to_resume
-from mainrun.training import backend
+from mainrun.training import backend, cluster
 from mainrun.training.loop import drive
 from mainrun.training.step import TrainState
 from mainrun.training.trainee import Alone
@@ -24,7 +24,8 @@ def train(config: Config, run_dir: Path | None, name: str, *, command: Sequence[
 
     Raises UserError, RunFailed or Stopped.
     """
-    _go(prepare(config, run_dir, name, command=command))
+    with cluster.together():
+        _go(prepare(config, run_dir, name, command=command))
 
 
 def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -> None:
@@ -36,7 +37,8 @@ def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -
     if not overrides and folder.is_finished(run_dir):
         say(f"{run_dir} is finished: nothing is left to do")
         return
-    _go(prepare_to_resume(run_dir, overrides, command=command))
+    with cluster.together():
+        _go(prepare_to_resume(run_dir, overrides, command=command))
 
 
 def dry_run(config: Config) -> str:
@@ -71,7 +73,8 @@ def _go(prepared: Prepared) -> None:
         with opened(prepared, compiled.compilation, stopping) as (run, state, progress):
             trainee = Alone(state, compiled.run, compiled.feed)
             del state  # the first step takes its memory over
-            drive(run.course(trainee, progress), trainee.take)
+            with cluster.together():
+                drive(run.course(trainee, progress), trainee.take)
 
 
 def _compile(prepared: Prepared) -> Compiled:

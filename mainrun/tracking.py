@@ -82,6 +82,16 @@ class Tracker:
                 )
 
 
+class Silent(Tracker):
+    """Of a process that leaves the telling to another."""
+
+    def __init__(self) -> None:
+        self.ending = None
+
+    def log(self, event: str, step: int | None = None, **fields: Any) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def open_tracker(
     run_dir: Path,

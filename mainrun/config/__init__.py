@@ -18,6 +18,7 @@ from mainrun.config.load import (
     read,
     to_yaml,
 )
+from mainrun.config.mesh import Mesh
 from mainrun.config.mlp import Activation, DenseMlp, MixtureOfExperts, Mlp
 from mainrun.config.model import (
     AllKeys,

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from mainrun.config.data import Bpe, Data, Tokenizer
 from mainrun.config.kinds import STRICT, Count
+from mainrun.config.mesh import Mesh
 from mainrun.config.model import (
     Attention,
     CausalAttention,
@@ -45,6 +46,7 @@ class Config:
     optimizer: Optimizer = dataclasses.field(default_factory=AdamW)
     schedule: Schedule = dataclasses.field(default_factory=Cosine)
     training: Training = dataclasses.field(default_factory=Training)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     tracking: Tracking = dataclasses.field(default_factory=Tracking)
 
     @model_validator(mode="after")

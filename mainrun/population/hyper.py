@@ -14,7 +14,6 @@ from mainrun.config import Config
 from mainrun.data.batches import Batch
 from mainrun.model.layers import DropoutRate
 from mainrun.parts import Parts
-from mainrun.training import backend
 from mainrun.training import optimizer as optimizers
 from mainrun.training.feed import Feed
 from mainrun.training.step import Metrics, TrainState, make_train_step
@@ -77,7 +76,7 @@ def hyper_step(config: Config, joined: Parts, paths: frozenset[str]) -> HyperSte
             settings.training,
             micro_batches=joined.micro_batches,
             mask_documents=config.data.mask_documents,
-            head_tokens=backend.head_tokens(joined.network.vocab_size),
+            head_tokens=joined.head_tokens,
             samples=joined.samples,
             dropout=dropout,
         )

@@ -28,6 +28,7 @@ from mainrun.sweep import search_space, sweep_folder, sweep_summary
 from mainrun.sweep.child import say
 from mainrun.sweep.study import Outcome, Study, Trial
 from mainrun.sweep.sweep_folder import Sweep, load
+from mainrun.training.mesh import ONE
 
 _KEPT_GROUPS = 8  # compiled steps that no trial uses just now
 _KEPT_TEXTS = 4
@@ -174,13 +175,16 @@ class _Worker:
                     run_dir.name,
                     command=command,
                     read=self._texts.read,
+                    layout=ONE,
                 )
             if folder.is_finished(run_dir):
                 self._finish(trial, sweep_folder.outcome_of(run_dir, self._made.space.metric))
                 return None
             say(f"{said} (goes on)")
             command = ["mainrun", "resume", str(run_dir)]
-            return prepare_to_resume(run_dir, (), command=command, read=self._texts.read)
+            return prepare_to_resume(
+                run_dir, (), command=command, read=self._texts.read, layout=ONE
+            )
         except (UserError, RunFailed) as error:
             self._finish(trial, Outcome("failed", reason=str(error)))
             return None

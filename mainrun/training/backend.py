@@ -11,6 +11,7 @@ import jax
 
 from mainrun.data import cache
 from mainrun.errors import UserError, one_line
+from mainrun.training import cluster
 
 _CPU_TOKENS = 1024
 """Tokens of a micro-batch on a CPU: its temporaries stay near the cache, and a step of 8,192
@@ -28,10 +29,12 @@ measured here)."""
 def prepare() -> None:
     """Set up this process; call before the first JAX computation. Twice is harmless.
 
-    Raises UserError where JAX_PLATFORMS asks for a device that is not there: no silent fallback.
+    Raises UserError where JAX_PLATFORMS asks for a device that is not there: no silent fallback;
+    and where the other processes of a run cannot be met.
     """
     if not Path("/dev/nvidiactl").exists():
         _keep_freed_memory()
+    cluster.join()
     folder = cache.folder() / "jax" / _cpu_features()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -41,18 +44,26 @@ def prepare() -> None:
 
 def describe_device() -> str:
     """For example `cpu (AMD EPYC, 2 threads)` or `NVIDIA H200`."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return device.device_kind if device.platform != "cpu" else f"cpu ({_cpu_model()})"
 
 
-def micro_batches(batch_size: int, context_length: int, *, at_least: int) -> int:
-    """Micro-batches that a batch is cut into: what was asked for, and more on a CPU if faster."""
+def micro_batches(batch_size: int, context_length: int, *, at_least: int, shards: int = 1) -> int:
+    """Micro-batches that a batch is cut into: what was asked for, and more on a CPU if faster.
+
+    So many devices share the examples of each evenly.
+    """
     if jax.default_backend() != "cpu":
         return at_least
+    best = at_least
     for count in range(at_least, batch_size + 1):
-        if batch_size % count == 0 and batch_size // count * context_length <= _CPU_TOKENS:
-            return count
-    return batch_size
+        examples = batch_size // count
+        if batch_size % count or examples % shards:
+            continue
+        best = count
+        if examples // shards * context_length <= _CPU_TOKENS:
+            break
+    return best
 
 
 def head_tokens(vocab_size: int) -> int:
@@ -63,7 +74,7 @@ def head_tokens(vocab_size: int) -> int:
 
 def peak_memory_bytes() -> int:
     """The most memory so far: the device's allocator's on a GPU, the process's on a CPU."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     # Not getrusage where it can be helped: a child's maximum may start at its parent's.
@@ -73,7 +84,7 @@ def peak_memory_bytes() -> int:
 
 def memory_limit_bytes() -> int | None:
     """What a step may take: the GPU's limit, or this machine's available memory; None: unknown."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     kibibytes = _kibibytes("/proc/meminfo", "MemAvailable:")

@@ -16,8 +16,10 @@ from typing import Any
 
 import absl.logging
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mainrun.errors import RunFailed, one_line
@@ -63,14 +65,18 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
         self._folder = folder
         self._kept_steps: tuple[int, ...] = ()  # besides the newest
-        self._writing = -1
+        self._writing, self._read_only = -1, read_only
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Kept(keep, lambda: self._kept_steps),
             cleanup_tmp_directories=not read_only,
-            create=not read_only,
+            create=False,
             read_only=read_only,
+            multiprocessing_options=_by_itself(),
         )
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._held = set(self.steps())
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -87,16 +93,20 @@ class Checkpoints:
         """Start to save; raises RunFailed if this save or the one before could not be written.
 
         A step that is saved already stays as it is: its state can be no other, and a run stopped
-        in an evaluation does that again anyway.
+        in an evaluation does that again anyway. Every process of a run takes part, and the one
+        that may write does.
         """
         self._kept_steps = progress.best_step, progress.planned_step
-        if step in self._manager.all_steps():
+        if step in self._held:  # not whoever looks: of several processes all must think the same
             return
+        self._held.add(step)
         self.wait()
         self._writing = step
         # Copies: views of the state would keep the next step from reusing its memory.
         trained = state._replace(frozen={})  # the base is another run's, and never changes
-        arrays = {name: np.array(array) for name, array in _named(trained).items()}
+        arrays = {name: _on_host(array) for name, array in _named(trained).items()}
+        if self._read_only:
+            return
         record = {
             "progress": dataclasses.asdict(progress),
             "checksums": {name: _checksum(array) for name, array in arrays.items()},
@@ -152,11 +162,13 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         """This step's state, in the structure of `like` (abstract will do), with its frozen part.
 
+        Where `like` lies on several devices, so does it, whatever it was saved on.
+
         Raises whatever a damaged checkpoint makes Orbax raise, or ValueError for a bad checksum.
         """
         named = _named(like._replace(frozen={}))
         arrays, progress = self._read(step, _split(named))
-        leaves = [jax.numpy.asarray(arrays[name]) for name in named]
+        leaves = [_placed(arrays[name], leaf) for name, leaf in named.items()]
         structure = jax.tree.structure(like._replace(frozen={}))
         return jax.tree.unflatten(structure, leaves)._replace(frozen=like.frozen), progress
 
@@ -168,7 +180,7 @@ class Checkpoints:
         prefix = f"{item}{_SEPARATOR}"
         named = {prefix + name: leaf for name, leaf in like.items()}
         arrays, _ = self._read(step, {item: named})
-        return {name.removeprefix(prefix): jax.numpy.asarray(a) for name, a in arrays.items()}
+        return {name.removeprefix(prefix): jnp.asarray(a) for name, a in arrays.items()}
 
     def _read(
         self, step: int, items: dict[str, dict[str, Any]]
@@ -193,9 +205,20 @@ class Checkpoints:
         for newer in self.steps():
             if newer > step:
                 self._manager.delete(newer)
+                self._held.discard(newer)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
+
+
+def _by_itself() -> ocp.options.MultiprocessingOptions:
+    """Orbax in one process waits for no other: who writes and who reads is said elsewhere."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
 
 
 class _Kept(preservation_policy.PreservationPolicy):
@@ -218,6 +241,20 @@ def _named(state: TrainState) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator=_SEPARATOR): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The array, whole, as a copy; of what lies with several processes, by all of them at once."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.array(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _placed(array: np.ndarray, like: Any) -> jax.Array:
+    """On the devices on which `like` lies."""
+    if isinstance(sharding := getattr(like, "sharding", None), jax.sharding.NamedSharding):
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+    return jnp.asarray(array)
 
 
 def _split(named: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from jaxtyping import Float64, Int
 from mainrun.data.batches import Batch, Windows, take
 from mainrun.model.gpt import Network, Params
 from mainrun.training.loss import ALL, TokenLoss, token_loss
+from mainrun.training.mesh import ONE, Layout
 
 ScoreBatch = Callable[[Params, Batch], TokenLoss]
 
@@ -53,7 +54,12 @@ class Text:
 
 
 def make_score_batch(
-    network: Network, *, micro_batches: int, mask_documents: bool, head_tokens: int = ALL
+    network: Network,
+    *,
+    micro_batches: int,
+    mask_documents: bool,
+    head_tokens: int = ALL,
+    layout: Layout = ONE,
 ) -> ScoreBatch:
     """The loss of every target of a batch, dropout off; compiled once for a network."""
     return partial(
@@ -62,10 +68,14 @@ def make_score_batch(
         micro_batches=micro_batches,
         mask_documents=mask_documents,
         head_tokens=head_tokens,
+        layout=layout,
     )
 
 
-@partial(jax.jit, static_argnames=("network", "micro_batches", "mask_documents", "head_tokens"))
+_STATIC = "network", "micro_batches", "mask_documents", "head_tokens", "layout"
+
+
+@partial(jax.jit, static_argnames=_STATIC)
 def _score_batch(
     network: Network,
     params: Params,
@@ -74,9 +84,10 @@ def _score_batch(
     micro_batches: int,
     mask_documents: bool,
     head_tokens: int,
+    layout: Layout,
 ) -> TokenLoss:
     def part(rows: Batch) -> TokenLoss:
-        model = network.bind(params)
+        model = network.bind(layout.to_compute(params))
         return token_loss(
             model,
             rows,
@@ -86,7 +97,9 @@ def _score_batch(
         )
 
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(part, parts))
+    parts = layout.micro_batches(parts)
+    scored = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(part, parts))
+    return layout.everywhere(scored)  # every process reads it
 
 
 def score(

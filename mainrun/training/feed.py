@@ -49,13 +49,15 @@ class Resident:
         windows: Windows,
         rows: Callable[[int], Int[np.ndarray, " batch"]],
         most: int,
+        put: Callable[[np.ndarray], Array] = jnp.asarray,
     ) -> None:
+        """`put` lays an array on all devices that read it."""
         self.most = most
         self._rows, self._eos_id = rows, windows.eos_id
         self._table = Table(
-            jnp.asarray(windows.inputs),
-            jnp.asarray(windows.targets),
-            jnp.asarray(windows.positions >= 0),
+            put(windows.inputs),
+            put(windows.targets),
+            put(windows.positions >= 0),
         )
 
     def __call__(self, index: int, count: int) -> tuple[Table, Int[np.ndarray, "most batch"]]:

@@ -11,9 +11,10 @@ due, and never takes one itself: `drive` takes them for one run, a population th
 import dataclasses
 import math
 from collections.abc import Callable, Generator, Mapping
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 
 from mainrun import config
 from mainrun.errors import RunFailed, Stopped
@@ -176,8 +177,13 @@ def _behind(diverged: _Diverged, state: TrainState, run: Surroundings, returns: 
     saved = run.saved(diverged.progress.planned_step, state)
     fields: dict[str, float | str] = {"reason": diverged.reason, "to_step": int(saved.step)}
     run.log("went_back", diverged.step, fields)
-    guard = saved.guard._replace(returns=jnp.asarray(returns, jnp.int32))
-    return saved._replace(step=jnp.asarray(diverged.step, jnp.int32), guard=guard)
+    guard = saved.guard._replace(returns=_as(saved.guard.returns, returns))
+    return saved._replace(step=_as(saved.step, diverged.step), guard=guard)
+
+
+def _as(counter: Any, value: int) -> jax.Array:
+    """A counter of another value, where the state has it."""
+    return jax.device_put(np.asarray(value, np.int32), getattr(counter, "sharding", None))
 
 
 def _fail(reason: str) -> NoReturn:

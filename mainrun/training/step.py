@@ -22,6 +22,7 @@ from mainrun.model.gpt import Network, Params
 from mainrun.model.layers import DropoutRate
 from mainrun.training import averaging, chunks, divergence, loss, noise, precision
 from mainrun.training.divergence import Guard
+from mainrun.training.mesh import ONE, Layout
 from mainrun.training.noise import Noise, Norms
 from mainrun.training.optimizer import Optimizer
 from mainrun.training.precision import LossScale
@@ -121,13 +122,14 @@ def make_train_step(
     head_tokens: int = loss.ALL,
     samples: averaging.Samples = averaging.EVERY_UPDATE,
     dropout: DropoutRate | None = None,
+    layout: Layout = ONE,
 ) -> TrainStep:
     """The step as a pure function, to be jitted with the state donated.
 
     The logits of `head_tokens` positions are held at one time, of micro-batches cut further.
     `samples` are the updates that an average of samples (`training.weight_average`) takes.
-    `dropout` stands for the network's rate. Numbers in the settings may be arrays, where
-    `config.CARRIED` names them: that is how a population has them.
+    `layout` says on which devices. `dropout` stands for the network's rate. Numbers in the settings
+    may be arrays, where `config.CARRIED` names them: that is how a population has them.
     """
 
     mlp = network.settings.mlp
@@ -139,7 +141,7 @@ def make_train_step(
     ) -> tuple[Array, loss.Costs]:
         """What is minimised, times tokens and `factor`; and its parts, times tokens."""
         total, costs = loss.training_loss(
-            network.bind(frozen | params, dropout),
+            network.bind(layout.to_compute(frozen | params), dropout),
             batch,
             training.regularization,
             mask_documents=mask_documents,
@@ -151,6 +153,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = _example_keys(state.key, state.step, len(batch.inputs))
+        batch, keys = layout.examples((batch, keys))
         tokens = batch.weights.sum()
         # In float16 the mean over tokens is what is scaled: of their sum, gradients would overflow.
         scale = state.loss_scale.scale
@@ -160,9 +163,10 @@ def make_train_step(
 
         def sums(part: Batch, part_keys: Array) -> _Sums:
             (_, costs), gradient = value_and_grad(point, state.frozen, part, part_keys, factor)
+            gradient = layout.like_parameters(gradient)
             return _Sums(gradient, costs, _norms(gradient, part, factor))
 
-        total = _accumulated(sums, batch, keys, micro_batches)
+        total = _accumulated(sums, batch, keys, micro_batches, layout)
         gradient = jax.tree.map(lambda g: g / divisor, total.gradient)
         mean, grad_norm = jax.tree.map(lambda s: s / tokens, total.costs), optax.tree.norm(gradient)
         outcome = divergence.outcome(
@@ -256,11 +260,16 @@ def _example_keys(key: Array, step: Array, batch_size: int) -> UInt32[Array, "ba
 
 
 def _accumulated(
-    compute: Callable[[Batch, Array], _Sums], batch: Batch, keys: Array, micro_batches: int
+    compute: Callable[[Batch, Array], _Sums],
+    batch: Batch,
+    keys: Array,
+    micro_batches: int,
+    layout: Layout,
 ) -> _Sums:
     """The sum of what `compute` gives for each micro-batch, one of them in memory at a time."""
     if micro_batches == 1:
         return compute(batch, keys)
 
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (batch, keys))
+    parts = layout.micro_batches(parts)
     return chunks.sum_of(lambda part: (compute(*part), None), parts)[0]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from mainrun.training.cluster import Vote
 from mainrun.training.feed import Feed
 from mainrun.training.step import Metrics, TrainState
 from mainrun.training.stretch import Run
@@ -63,10 +64,11 @@ class Alone:
         self.state = state
         self._run, self._feed = run, feed
         self._clock, self._pace = Clock(), Pace(feed.most)
+        self._agree = Vote(self._pace.steps)
 
     def take(self, asked: Asked) -> Dispatched:
         """As many of the steps as go into one dispatch."""
-        steps = min(asked.most, self._pace.steps)
+        steps = min(asked.most, self._agree(self._pace.steps))
         given = self._feed(asked.first, steps)
         started = time.perf_counter()
         self.state, metrics = self._run(self.state, given, np.int32(steps))
