@@ -79,3 +79,19 @@ def test_all_logits_are_never_there_at_once() -> None:
     logits = 4 * 64 * 4000 * 4
     assert temporaries(1) > logits
     assert temporaries(8) < logits / 3
+
+
+def test_what_is_summed_is_traced_once_and_may_use_what_is_around_it() -> None:
+    traced = []
+
+    def total(factor: jax.Array, parts: jax.Array) -> jax.Array:
+        def one(part: jax.Array) -> tuple[jax.Array, None]:
+            traced.append(part)
+            return factor * part.sum(), None
+
+        return chunks.sum_of(one, parts)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(jnp.float32(2), FEATURES)
+    np.testing.assert_allclose(value, 2 * FEATURES.sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, FEATURES.sum(), rtol=1e-5)
+    assert len(traced) == 1

@@ -113,7 +113,11 @@ def assert_each_equals_its_solo_run(first: list[str], second: list[str]) -> None
             np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "kind",
+    # Each compiles three programs; one of them is enough for every day.
+    [k if k == "adamw" else pytest.param(k, marks=pytest.mark.slow) for k in OPTIMIZERS],
+)
 def test_a_member_equals_its_solo_run_with_every_optimizer(kind: str, base: list[str]):
     first = [*base, f"optimizer.kind={kind}", *FIRST.get(kind, [])]
     assert_each_equals_its_solo_run(

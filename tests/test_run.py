@@ -131,6 +131,7 @@ def test_a_killed_run_ends_as_if_never_interrupted(
     assert_same_end(tmp_path / "run", finished_run)
 
 
+@pytest.mark.slow
 def test_a_killed_float16_run_goes_on_with_its_loss_scale_and_its_average(
     tmp_path: Path, tiny: list[str], mainrun: Mainrun
 ) -> None:
@@ -240,7 +241,12 @@ def _saving(process: subprocess.Popen, run_dir: Path) -> bool:
     ("moment", "number"),
     [
         pytest.param(_compiling, signal.SIGTERM, id="in the first compile"),
-        pytest.param(_after("tracking_started"), signal.SIGTERM, id="in the first evaluation"),
+        pytest.param(
+            _after("tracking_started"),
+            signal.SIGTERM,
+            id="in the first evaluation",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(_after("train_step", 3), signal.SIGTERM, id="in a step"),
         pytest.param(_after("train_step", 3), signal.SIGINT, id="in a step, by Ctrl-C"),
         pytest.param(_saving, signal.SIGTERM, id="in a save"),

@@ -57,6 +57,20 @@ def test_they_are_the_steps_of_the_plain_step(compiled: tuple[Any, Any]) -> None
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_the_step_is_traced_once() -> None:
+    """Tracing is most of a start that finds its program compiled: 2.6 s for the baseline when each
+    of the two loops traced what is in it once for its shapes and once more to run, 0.7 s now."""
+    step, state, _ = make(config.Training(precision="float32"), dropout=0.2, micro_batches=2)
+    traced = []
+
+    def counted(state: Any, batch: Any) -> Any:
+        traced.append(batch)
+        return step(state, batch)
+
+    jax.jit(stretch(counted, FEED.batch_at, MOST)).trace(state, FEED(0, 1), np.int32(1))
+    assert len(traced) == 1
+
+
 def test_a_trainee_takes_no_more_than_it_is_asked_and_than_go_into_a_dispatch(
     compiled: tuple[Any, Any],
 ) -> None:

@@ -204,7 +204,7 @@ def test_combinations_that_no_model_can_have_are_refused_and_do_not_count(
     assert statuses(folder / "a")[5:] == ["finished"]
 
 
-@pytest.mark.parametrize("population", [1, 2])
+@pytest.mark.parametrize("population", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_trials_that_fall_behind_are_pruned_where_the_file_says_so(folder: Path, population: int):
     """At the first evaluation after the start, of two that are compared one goes on."""
     file = write(
@@ -335,6 +335,7 @@ def test_a_worker_that_is_killed_takes_one_trial_with_it(
     assert reason == "killed by SIGKILL: the machine may be out of memory"
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_takes_its_worker_along_and_the_next_one_waits_for_it(
     folder: Path, processes: list[subprocess.Popen]
 ):
@@ -477,6 +478,7 @@ def real(tmp_path: Path, tiny: list[str]) -> list[str]:
     return [*COMMAND, "sweep", str(tmp_path / "sweep.yaml")]
 
 
+@pytest.mark.slow
 def test_a_trial_stopped_and_then_killed_ends_with_the_numbers_of_an_undisturbed_run(
     tmp_path: Path, real: list[str], finished_run: Path, processes: list[subprocess.Popen]
 ):

@@ -54,6 +54,7 @@ def sum_of(one: Callable[[Any], tuple[Any, Any]], parts: Any) -> tuple[Any, Any]
 
     One row's results are in memory at a time.
     """
+    one = jax.jit(one, inline=True)  # traced once: for its shapes, and then in the loop
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
 

@@ -26,6 +26,7 @@ and their metrics in rows, of which those beyond that number mean nothing."""
 
 def stretch(train_step: TrainStep, batch_at: BatchAt, most: int) -> Run:
     """So many steps, at most `most`, one after the other."""
+    train_step = jax.jit(train_step, inline=True)  # traced once: for its shapes, and in the loop
 
     def run(state: TrainState, feed: Any, count: Int[Array, ""]) -> tuple[TrainState, Metrics]:
         def step(index: Array, carried: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:

@@ -1,4 +1,8 @@
-"""The command: `python -m tests.bench --size baseline --output build/bench`."""
+"""The command: `task bench -- --rounds 20`.
+
+Some 45 minutes of two quiet cores, half of it the size `large`; a GPU, where there is one, some
+15 minutes more.
+"""
 
 import argparse
 import dataclasses
@@ -13,69 +17,67 @@ from typing import Any
 import jax
 
 from mainrun import config, parts
-from tests.bench import contestants, given, pytorch, race, ratios, report
-from tests.bench.contestants import Contestant, Device
+from tests.bench import contestants, given, page, pytorch, race, ratios, report
+from tests.bench.contestants import Contestant
+from tests.bench.sizes import SIZES, bytes_per_step, flops_per_step
 
 TITLES = Path("../shared/data/hn_titles.txt")  # from the repository's root, where this is run
 
-SIZES = {
-    # The original assessment's run: 27 million parameters, 64 windows of 128 tokens.
-    "baseline": (),
-    # Everything real but small: whether the harness works, not how fast anything is.
-    "small": (
-        "tokenizer.vocab_size=512",
-        "data.num_documents=2000",
-        "data.context_length=32",
-        "model.d_model=32",
-        "model.num_layers=2",
-        "model.mlp.hidden=64",
-        "model.attention.num_heads=4",
-        "training.batch_size=16",
-    ),
-}
-
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the comparison and writes it; 1 when a row was refused or PyTorch is missing."""
+    """Runs the comparisons and writes them; 1 when a row was refused or PyTorch is missing."""
     options = _parser().parse_args(arguments)
     torch = pytorch.interpreter()
     if torch is None:
         print(pytorch.MISSING, file=sys.stderr)
         return 1
     jax.config.update("jax_platforms", "cpu")  # of this process: the GPU is the contestants'
-    run = _config(options.size, options.overrides)
+    gpu = _gpu()
+    command = ["python", "-m", "tests.bench", *arguments]
+    is_refused = False
+    for size in options.sizes:
+        record = _record(size, gpu, torch, options, command)
+        page.store(record, options.output / f"{size}.json")
+        print(report.markdown(record))
+        rows = [row for c in record["comparisons"] for row in c["rows"].values()]
+        is_refused = is_refused or any(row["refused"] for row in rows)
+    return int(is_refused)
+
+
+def _record(
+    size: str, gpu: str | None, torch: Path, options: argparse.Namespace, command: Sequence[str]
+) -> dict[str, Any]:
+    """Of one size on all of its devices that are here, as JSON has it."""
+    run = _config(size, options.overrides)
     texts = parts.read_texts(run)
-    devices: list[Device] = ["cpu"]
-    if gpu := _gpu():
-        devices.append("gpu")
-    results = []
+    devices, results = SIZES[size][0], []
+    left_out = {} if _has_amx() or "cpu" not in devices else {"cpu": "this CPU has no AMX"}
     with tempfile.TemporaryDirectory(prefix="mainrun-bench-") as name:
         folder = Path(name)
         settings = equal_settings(run, texts, folder)
         for device in devices:
+            if device == "gpu" and gpu is None:
+                continue
             has_torch = device == "cpu" or pytorch.sees_gpu(torch)
             field = contestants.field(
-                device, bfloat16=options.bf16, torch=torch if has_torch else None
+                device, bfloat16=device not in left_out, torch=torch if has_torch else None
             )
             results.append(_compare(field, settings, run, folder, options))
-
     record = {
-        **report.machine(["python", "-m", "tests.bench", *arguments], texts.fingerprint),
-        "size": options.size,
+        "kind": "steps",
+        **report.machine(command, texts.fingerprint),
+        "size": size,
+        "devices": devices,
+        "left_out": left_out,
         "config": config.as_dict(run),
         "vocab_size": texts.tokenizer.get_vocab_size(),
         "rounds": options.rounds,
         "steps_per_round": options.steps,
-        "gpu": gpu or "not run: JAX sees none here",
+        "gpu": gpu or "none",
         "comparisons": [dataclasses.asdict(comparison) for comparison in results],
     }
-    text = report.markdown(record, results)
-    print(text)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-        options.output.with_suffix(".md").write_text(text)
-    return int(any(row.refused for result in results for row in result.rows.values()))
+    read_back: dict[str, Any] = json.loads(json.dumps(record))
+    return read_back
 
 
 def equal_settings(run: config.Config, texts: parts.Texts, folder: Path) -> dict[str, Any]:
@@ -112,15 +114,37 @@ def _compare(
         seed=run.seed,
         say=_say,
     )
+    parameters, state_bytes = next(
+        (f["parameters"], f["state_bytes"]) for f in facts.values() if "state_bytes" in f
+    )
     return report.Comparison(
         device=field[0].device,
         reference=field[0].name,
         drop=options.drop,
-        rows=ratios.rows(records, field[0].name, drop=options.drop),
+        rows=ratios.rows(
+            records, field[0].name, drop=options.drop, rivals=contestants.rivals(field)
+        ),
         records=records,
         starts=race.starts(commands, folder, count=options.starts, say=_say),
         facts=facts,
+        peaks=_peaks(field[0], folder),
+        flops_per_step=flops_per_step(run, settings["model"]["vocab_size"]),
+        bytes_per_step=bytes_per_step(state_bytes, parameters),
     )
+
+
+def _peaks(contestant: Contestant, folder: Path) -> dict[str, Any]:
+    """What the device can do at most, measured while the contestants are gone."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.peaks"],
+        env=contestants.environment(contestant, folder / "cache"),
+        cwd=pytorch.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peaks: dict[str, Any] = json.loads(done.stdout)
+    return peaks
 
 
 def _config(size: str, overrides: Sequence[str]) -> config.Config:
@@ -128,7 +152,7 @@ def _config(size: str, overrides: Sequence[str]) -> config.Config:
     source = f"file:{TITLES}" if TITLES.exists() else "python-docs"
     return config.load(
         Path("config/base/baseline.yaml"),
-        [f"data.source={source}", "data.num_documents=null", *SIZES[size], *overrides],
+        [f"data.source={source}", "data.num_documents=null", *SIZES[size][1], *overrides],
     )
 
 
@@ -141,6 +165,12 @@ def _gpu() -> str | None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     return done.stdout.strip() or None
+
+
+def _has_amx() -> bool:
+    """Whether bfloat16 is faster than float32 on this CPU at all."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "amx_bf16" in info.read_text()
 
 
 def _say(line: str) -> None:
@@ -160,15 +190,25 @@ def _parser() -> argparse.ArgumentParser:
         help=f"settings that differ from the size's, for both sides; the tokens are those of "
         f"data.source (file:{TITLES} where it is, else python-docs)",
     )
-    parser.add_argument("--size", choices=SIZES, default="baseline")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=SIZES,
+        default=[size for size in SIZES if size != "tiny"],
+        help="of the model; each on the CPU, the GPU or both (default: all but `tiny`)",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
     parser.add_argument("--drop", type=int, default=2, help="rounds before them (default 2)")
     parser.add_argument("--steps", type=int, default=1, help="steps in a round (default 1)")
     parser.add_argument(
         "--starts", type=int, default=3, help="cold and warm starts of each contestant (default 3)"
     )
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 rows too")
-    parser.add_argument("--output", type=Path, help="writes this name with .md and .json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=page.FOLDER,
+        help=f"folder of the records; beside it the page of them all (default {page.FOLDER})",
+    )
     return parser
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,17 @@ from tests.bench import pytorch
 Device = Literal["cpu", "gpu"]
 
 # What a user's shell may have set and what would make a stock contestant other than stock.
-_CLEARED = ("MALLOC_", "XLA_", "JAX_", "GLIBC_TUNABLES", "PYTORCH_", "LD_PRELOAD", "MAINRUN_")
+_CLEARED = (
+    "MALLOC_",
+    "XLA_",
+    "JAX_",
+    "GLIBC_TUNABLES",
+    "PYTORCH_",
+    "LD_PRELOAD",
+    "MAINRUN_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
+)
 
 # glibc keeps what is freed instead of giving it back to the kernel and faulting it in again:
 # no mmap for large blocks, no trimming, one arena (SPEED 3.2). Stock PyTorch pays for it, ours
@@ -35,6 +45,7 @@ class Contestant:
     device: Device
     precision: Literal["float32", "bfloat16"]
     variables: tuple[tuple[str, str], ...] = ()
+    is_compiled: bool = False  # PyTorch's: torch.compile, and attention as one fused kernel
 
 
 def field(device: Device, *, bfloat16: bool, torch: Path | None) -> list[Contestant]:
@@ -46,13 +57,21 @@ def field(device: Device, *, bfloat16: bool, torch: Path | None) -> list[Contest
     for precision, name in names.items():
         if torch is not None:
             contestants.append(Contestant(f"torch {name} stock", "torch", device, precision))
-            if device == "cpu":
-                tuned = Contestant(
-                    f"torch {name} tuned malloc", "torch", device, precision, _TUNED_MALLOC
+            contestants.append(
+                Contestant(f"torch {name} tuned malloc", "torch", device, precision, _TUNED_MALLOC)
+                if device == "cpu"
+                else Contestant(
+                    f"torch {name} compiled", "torch", device, precision, is_compiled=True
                 )
-                contestants.append(tuned)
+            )
         contestants.append(Contestant(f"mainrun {name}", "mainrun", device, precision))
     return contestants
+
+
+def rivals(field: Sequence[Contestant]) -> dict[str, str]:
+    """For each of ours, PyTorch at its best in the same precision."""
+    best = {c.precision: c.name for c in field if c.is_compiled or c.variables}
+    return {c.name: best[c.precision] for c in field if c.side == "mainrun" and best}
 
 
 def command(
@@ -72,7 +91,12 @@ def command(
     torch = pytorch.interpreter()
     assert torch is not None
     device = {"cpu": "cpu", "gpu": "cuda"}[contestant.device]
-    path.write_text(json.dumps({**settings, "precision": contestant.precision, "device": device}))
+    own = {
+        "precision": contestant.precision,
+        "device": device,
+        "is_compiled": contestant.is_compiled,
+    }
+    path.write_text(json.dumps({**settings, **own}))
     return [str(torch), str(pytorch.SCRIPT), "bench", str(path)]
 
 
@@ -84,4 +108,9 @@ def environment(contestant: Contestant, cache: Path) -> dict[str, str]:
     else:
         # Two of them keep their memory on one card, and what is preallocated is not what is used.
         kept |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return kept | {"MAINRUN_CACHE_DIR": str(cache)} | dict(contestant.variables)
+    caches = {
+        "MAINRUN_CACHE_DIR": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+    }
+    return kept | caches | dict(contestant.variables)

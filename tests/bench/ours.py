@@ -49,7 +49,7 @@ class Surroundings:
 
 
 def main(path: str) -> None:
-    """Does one step, says READY, then as many steps as each line asks for."""
+    """Says BEGIN, does one step, says READY, then as many steps as each line asks for."""
     backend.prepare()
     settings = json.loads(Path(path).read_text())
     run = config.load(Path(settings["config"]))
@@ -73,8 +73,11 @@ def main(path: str) -> None:
         progress = loop.drive(loop.course(trainee, progress, plan, surroundings), trainee.take)
         return surroundings.loss
 
+    jax.block_until_ready(trainee.state)
+    print("BEGIN {}", flush=True)
     facts = {
         "first_loss": steps(1),
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(trainee.state)),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "device": backend.describe_device(),
         "float32_matmul": jax.config.jax_default_matmul_precision or "default",

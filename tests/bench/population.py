@@ -1,4 +1,4 @@
-"""Trials per hour of a sweep: `python -m tests.bench.population [--output DIR]`.
+"""Trials per hour of a sweep: `python -m tests.bench.population`.
 
 One process per trial (start, compile, train), against the embedded engine, which reads and compiles
 once, and against the same with trials side by side. Every contestant trains the same small trials
@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mainrun import config
 from mainrun.markdown import table
 from mainrun.training import backend
+from tests.bench import report
 
 TRIALS = 24
 SMALL = (
@@ -39,8 +41,10 @@ MAINRUN = [sys.executable, "-c", "import sys; from mainrun.cli import main; sys.
 
 
 def main() -> None:
+    from tests.bench import page  # which shows this record among others
+
     parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=page.FOLDER, help="folder of the records")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side-by-side", type=int, nargs="*", default=[2, 4])
     asked = parser.parse_args()
@@ -62,28 +66,27 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - started)
                 print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
     backend.prepare()
-    found = {
+    record = {
+        "kind": "population",
+        **report.machine(["python", "-m", "tests.bench.population", *sys.argv[1:]], ""),
         "device": backend.describe_device(),
         "trials": TRIALS,
         "overrides": SMALL,
         "seconds": seconds,
     }
-    text = _told(seconds)
-    print(text)
-    if asked.output is not None:
-        asked.output.mkdir(parents=True, exist_ok=True)
-        (asked.output / "population.json").write_text(json.dumps(found, indent=2) + "\n")
-        (asked.output / "population.md").write_text(text + "\n")
+    page.store(record, asked.output / "population.json")
+    print(markdown(record))
 
 
-def _told(seconds: dict[str, list[float]]) -> str:
-    best = {name: min(values) for name, values in seconds.items()}
-    reference = best["one process per trial"]
+def markdown(record: Mapping[str, Any]) -> str:
+    """The fastest round of each: a sweep's seconds only grow by what else the machine does."""
+    best = {name: min(values) for name, values in record["seconds"].items()}
+    reference, trials = best["one process per trial"], record["trials"]
     rows = [
-        [name, f"{value:.1f} s", f"{3600 * TRIALS / value:,.0f}", f"{reference / value:.2f}"]
+        [name, f"{value:.1f} s", f"{3600 * trials / value:,.0f}", f"{reference / value:.2f}"]
         for name, value in best.items()
     ]
-    return table([f"{TRIALS} trials", "in", "trials an hour", "times one process per trial"], rows)
+    return table([f"{trials} trials", "in", "trials an hour", "times one process per trial"], rows)
 
 
 def _processes(where: Path) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.bench.contestants import Contestant, environment
 from tests.bench.pytorch import ROOT
@@ -15,6 +15,13 @@ from tests.bench.ratios import Record
 from tests.bench.worker import Answer, Worker
 
 Say = Callable[[str], None]
+
+
+class Start(NamedTuple):
+    """Seconds from the start of a process."""
+
+    begin: float  # to the beginning of its first step
+    done: float  # to the end of it
 
 
 def rounds(
@@ -54,11 +61,11 @@ def rounds(
 
 def starts(
     commands: Mapping[Contestant, Sequence[str]], folder: Path, *, count: int, say: Say
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds from the process's start to its first step done, with an empty compilation cache
-    (`cold`) and with the one the start before it filled (`warm`). Files are in the page cache:
-    the rounds have read them. PyTorch compiles nothing; its two are two starts."""
-    seconds: dict[str, dict[str, list[float]]] = {
+) -> dict[str, dict[str, list[Start]]]:
+    """Starts of each contestant, with an empty compilation cache (`cold`) and with the one the
+    start before it filled (`warm`). Files are in the page cache: the rounds have read them. PyTorch
+    that compiles nothing has two starts."""
+    seconds: dict[str, dict[str, list[Start]]] = {
         contestant.name: {"cold": [], "warm": []} for contestant in commands
     }
     for number in range(1, count + 1):
@@ -66,8 +73,9 @@ def starts(
             cache = folder / f"cache-{number}-{contestant.name.replace(' ', '-')}"
             for kind in ("cold", "warm"):
                 with Worker(command, environment(contestant, cache), ROOT) as worker:
-                    seconds[contestant.name][kind].append(worker.start_seconds)
-                    say(f"{contestant.name}: {kind} start {worker.start_seconds:.1f} s")
+                    start = Start(worker.begin_seconds, worker.start_seconds)
+                    seconds[contestant.name][kind].append(start)
+                    say(f"{contestant.name}: {kind} start {start.begin:.1f}, {start.done:.1f} s")
     return seconds
 
 

@@ -41,6 +41,7 @@ class Row:
 
     seconds: Spread  # per step
     ratio: Spread  # of the seconds of each round to the reference's of the same round
+    rival_ratio: Spread | None  # to PyTorch at its best in the same precision, round by round
     ratio_of_best: float  # fastest round to fastest round, of whatever round
     memory_ratio: float | None
     minor_faults: float | None  # per step, median
@@ -49,16 +50,25 @@ class Row:
     refused: str | None
 
 
-def rows(records: Mapping[str, Record], reference: str, *, drop: int) -> dict[str, Row]:
-    """A row for every contestant, without its first `drop` rounds: those warm caches."""
+def rows(
+    records: Mapping[str, Record],
+    reference: str,
+    *,
+    drop: int,
+    rivals: Mapping[str, str] | None = None,
+) -> dict[str, Row]:
+    """A row for every contestant, without its first `drop` rounds: those warm caches.
+
+    `rivals` names, for some, another one that they are compared with as well.
+    """
     base = records[reference]
-    return {name: _row(record, base, drop) for name, record in records.items()}
+    rival_of = {name: records[rival] for name, rival in (rivals or {}).items()}
+    return {name: _row(record, base, rival_of.get(name), drop) for name, record in records.items()}
 
 
-def _row(record: Record, base: Record, drop: int) -> Row:
+def _row(record: Record, base: Record, rival: Record | None, drop: int) -> Row:
     counted, against = record.answers[drop:], base.answers[drop:]
     assert counted, f"no rounds are left after dropping {drop}"
-    pairs = zip(counted, against, strict=True)
     seconds = Spread.of([a.seconds for a in counted])
     memory = faults = None
     if record.peak_bytes is not None and base.peak_bytes:
@@ -67,7 +77,8 @@ def _row(record: Record, base: Record, drop: int) -> Row:
         faults = statistics.median(a.minor_faults or 0.0 for a in counted)
     return Row(
         seconds=seconds,
-        ratio=Spread.of([a.seconds / b.seconds for a, b in pairs]),
+        ratio=_ratio(counted, against),
+        rival_ratio=None if rival is None else _ratio(counted, rival.answers[drop:]),
         ratio_of_best=seconds.smallest / min(b.seconds for b in against),
         memory_ratio=memory,
         minor_faults=faults,
@@ -75,6 +86,11 @@ def _row(record: Record, base: Record, drop: int) -> Row:
         last_loss=record.answers[-1].loss,
         refused=refusal(record, base),
     )
+
+
+def _ratio(mine: Sequence[Answer], theirs: Sequence[Answer]) -> Spread:
+    pairs = zip(mine, theirs, strict=True)
+    return Spread.of([a.seconds / b.seconds for a, b in pairs])
 
 
 def refusal(record: Record, base: Record) -> str | None:

@@ -1,4 +1,4 @@
-"""A comparison as JSON, which is the record, and as Markdown, which is a view of it."""
+"""A comparison as JSON, which is the record, and as Markdown, which is a view of the record."""
 
 import dataclasses
 import os
@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mainrun import environment as environments
+from mainrun.markdown import table
 from tests.bench.ratios import LOSS_TOLERANCE, Record, Row, Spread
+
+RUN_STEPS = 938
+"""Of the original assessment's run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +25,11 @@ class Comparison:
     drop: int  # rounds left out of the rows
     rows: Mapping[str, Row]
     records: Mapping[str, Record]
-    starts: Mapping[str, Mapping[str, Sequence[float]]]
+    starts: Mapping[str, Mapping[str, Sequence[Any]]]  # of `race.Start`
     facts: Mapping[str, Mapping[str, Any]]  # what each said of itself: versions, threads
+    peaks: Mapping[str, Any]  # of the device: see `peaks`
+    flops_per_step: float
+    bytes_per_step: float  # of ours, see `sizes.bytes_per_step`
 
 
 def machine(command: Sequence[str], fingerprint: str) -> dict[str, Any]:
@@ -36,78 +43,130 @@ def machine(command: Sequence[str], fingerprint: str) -> dict[str, Any]:
     }
 
 
-def markdown(record: Mapping[str, Any], comparisons: Sequence[Comparison]) -> str:
-    """The record as a page: a table for each device, and under it what it holds for."""
+def markdown(record: Mapping[str, Any]) -> str:
+    """The record, as it was read from JSON, as a section: its tables, and what they hold for."""
     run = record["config"]
     batch, length = run["training"]["batch_size"], run["data"]["context_length"]
-    parts = [
-        f"# mainrun and PyTorch, `{record['size']}`: {batch} × {length} tokens a step, "
-        f"vocabulary {record['vocab_size']:,}",
-        *(_table(comparison, batch * length) for comparison in comparisons),
-    ]
-    if all(comparison.device != "gpu" for comparison in comparisons):
-        parts.append(f"GPU: {record['gpu']}.")
+    comparisons = record["comparisons"]
+    some = next(iter(comparisons[0]["facts"].values())) if comparisons else {"parameters": 0}
     dirty = " and uncommitted changes" if record["dirty"] else ""
-    versions, matmul = {"python": record["python"]}, {}
-    for comparison in comparisons:
-        for name, facts in comparison.facts.items():
-            versions |= facts["versions"]
-            matmul[name.split()[0]] = facts["float32_matmul"]
     lines = [
         f"`{shlex.join(record['command'])}`",
         f"commit {record['commit'] or 'none'}{dirty}",
         f"tokens of `{run['data']['source']}`, data {record['data_fingerprint'][:12]}",
         f"{record['cpus']} CPUs, {record['cpu']}; GPU {record['gpu']}",
-        ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "float32 matrix products: " + ", ".join(f"{k} `{v}`" for k, v in matmul.items()),
+        *_versions(record),
     ]
+    parts = [
+        f"## `{record['size']}`: {some['parameters']:,} parameters, {batch} × {length} tokens a "
+        f"step, vocabulary {record['vocab_size']:,}",
+        *(_tables(comparison, batch * length) for comparison in comparisons),
+    ]
+    run_on = {comparison["device"] for comparison in comparisons}
+    parts += [f"{d.upper()}: not run." for d in record["devices"] if d not in run_on]
+    parts += [f"{d.upper()}, bfloat16: not run, {why}." for d, why in record["left_out"].items()]
     parts.append("\n".join(f"- {line}" for line in lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(comparison: Comparison, tokens_per_step: int) -> str:
-    head = [
-        comparison.device.upper(),
-        "s/step",
-        "tokens/s",
-        f"ratio to {comparison.reference}",
-        "fastest/fastest",
-        "peak memory, GiB",
-        "memory ratio",
-        "page faults/step",
-        "cold start, s",
-        "warm start, s",
-        "loss, first → last",
+def legend() -> str:
+    """What the columns of `markdown` mean."""
+    return (
+        "Median [smallest, largest] of the rounds that count. A ratio is of the tokens per second "
+        "of one round to the reference's of the same round, or to PyTorch's at its best in the "
+        "same precision (on a CPU with allocation tuned, on a GPU compiled, with fused attention). "
+        "Memory is the peak of the process; on a GPU, of the card's allocator. A start is from the "
+        "process's start until its first step begins, and until it is done; cold with an empty "
+        f"compilation cache. {RUN_STEPS} steps are a start and that many median steps. Utilisation "
+        "is of the arithmetic that a step cannot do without (6 a weight and token, attention's "
+        "causal half), at the device's measured and, where it is known, the datasheet's peak; the "
+        "floor is the longer of arithmetic and of moving state and gradient once. A row whose "
+        f"first or last loss is more than {LOSS_TOLERANCE} nats per token from the reference's is "
+        "refused."
+    )
+
+
+def _versions(record: Mapping[str, Any]) -> list[str]:
+    versions, matmul = {"python": record["python"]}, {}
+    for comparison in record["comparisons"]:
+        for name, facts in comparison["facts"].items():
+            versions |= facts["versions"]
+            matmul[name] = facts["float32_matmul"]
+    return [
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "float32 matrix products: " + ", ".join(f"{k} `{v}`" for k, v in matmul.items()),
     ]
-    lines = [head, ["---"] * len(head)]
-    for name, row in comparison.rows.items():
-        peak, starts = comparison.records[name].peak_bytes, comparison.starts[name]
+
+
+def _tables(comparison: Mapping[str, Any], tokens_per_step: int) -> str:
+    rounds = len(comparison["records"][comparison["reference"]]["answers"]) - comparison["drop"]
+    device = f"{comparison['device'].upper()}, {rounds} rounds after {comparison['drop']} dropped"
+    steps, starts = [], []
+    for name, row in comparison["rows"].items():
+        peak = comparison["records"][name]["peak_bytes"]
+        seconds = Spread(**row["seconds"])
         times = [
-            _spread(row.seconds),
-            f"{tokens_per_step / row.seconds.median:,.0f}",
-            _spread(row.ratio),
-            f"{row.ratio_of_best:.2f}",
+            _spread(seconds),
+            f"{tokens_per_step / seconds.median:,.0f}",
+            _spread(_inverse(row["ratio"])),
+            "—" if row["rival_ratio"] is None else _spread(_inverse(row["rival_ratio"])),
+            *_floors(comparison, name, seconds.median),
         ]
-        lines.append(
+        refused = row["refused"]
+        steps.append(
             [
                 name,
-                *(times if row.refused is None else [f"refused: {row.refused}", "", "", ""]),
+                *(times if refused is None else [f"refused: {refused}", *[""] * 6]),
                 _or_dash(None if peak is None else peak / 2**30, ".2f"),
-                _or_dash(row.memory_ratio, ".2f"),
-                _or_dash(row.minor_faults, ",.0f"),
-                *(_spread(Spread.of(starts[k])) if starts[k] else "—" for k in ("cold", "warm")),
-                f"{row.first_loss:.3f} → {row.last_loss:.3f}",
+                _or_dash(row["memory_ratio"], ".2f"),
+                _or_dash(row["minor_faults"], ",.0f"),
+                f"{row['first_loss']:.3f} → {row['last_loss']:.3f}",
             ]
         )
-    counted = len(comparison.records[comparison.reference].answers) - comparison.drop
-    note = (
-        f"Median [smallest, largest] of {counted} rounds after {comparison.drop} dropped; a ratio "
-        "is of one round's two times, memory is the peak of the process (on a GPU: of the card's "
-        "allocator), a start is from the process's start to its first step done, cold with an "
-        "empty compilation cache. A row whose first or last loss is more than "
-        f"{LOSS_TOLERANCE} nats per token from the reference's is refused."
+        starts.append([name, *_starts(comparison["starts"][name], seconds.median)])
+    head = [
+        device, "s/step", "tokens/s", f"ratio to {comparison['reference']}", "ratio to its best",
+        "utilisation of measured peak", "of datasheet's", "times the floor", "peak memory, GiB",
+        "memory ratio", "page faults/step", "loss, first → last",
+    ]  # fmt: skip
+    start_head = [
+        "seconds until", "first step begins, cold", "warm", "is done, cold", "warm",
+        f"{RUN_STEPS} steps, cold", "warm",
+    ]  # fmt: skip
+    return table(head, steps) + "\n\n" + table(start_head, starts)
+
+
+def _floors(comparison: Mapping[str, Any], name: str, seconds: float) -> list[str]:
+    """Utilisation of the measured and the datasheet's peak, and seconds in terms of the floor."""
+    peaks = comparison["peaks"]
+    precision = "bfloat16" if " bf16" in name else "float32"
+    peak = peaks["flops_per_second"].get(precision)
+    if peak is None:
+        return ["—", "—", "—"]
+    flops = comparison["flops_per_step"]
+    sheet = peaks["datasheet"] if precision == "bfloat16" else None
+    floor = max(flops / peak, comparison["bytes_per_step"] / peaks["bytes_per_second"])
+    return [
+        f"{flops / seconds / peak:.0%}",
+        f"{flops / seconds / sheet['flops_per_second']:.0%}" if sheet else "—",
+        f"{seconds / floor:.2f}",
+    ]
+
+
+def _starts(starts: Mapping[str, Sequence[Sequence[float]]], step_seconds: float) -> list[str]:
+    if not starts["cold"]:
+        return ["—"] * 6
+    begin, done = (
+        [Spread.of([start[place] for start in starts[kind]]) for kind in ("cold", "warm")]
+        for place in (0, 1)
     )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + note
+    whole = [f"{spread.median + (RUN_STEPS - 1) * step_seconds:,.0f}" for spread in done]
+    return [*map(_spread, [*begin, *done]), *whole]
+
+
+def _inverse(spread: Mapping[str, float]) -> Spread:
+    """Of a ratio of seconds, that of speeds."""
+    return Spread(1 / spread["median"], 1 / spread["largest"], 1 / spread["smallest"])
 
 
 def _spread(spread: Spread) -> str:

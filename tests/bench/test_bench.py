@@ -15,19 +15,20 @@ from pathlib import Path
 import pytest
 
 from mainrun import config, parts
-from tests.bench import contestants, pytorch, race, ratios
-from tests.bench.__main__ import SIZES, equal_settings
+from tests.bench import contestants, page, peaks, pytorch, race, ratios, sizes, steady
+from tests.bench.__main__ import equal_settings
 from tests.bench.contestants import Contestant, environment, field
 from tests.bench.ratios import Record, Spread
 from tests.bench.worker import Answer, Worker, WorkerFailed
 
 MIB = 2**20
+FOLDER = pytorch.ROOT / page.FOLDER
 
 # Takes `argv[1]` seconds and `argv[2]` MiB for each step, and writes down when it was at work.
 FAKE = """
 import json, sys, time
 seconds, mebibytes, diary, name = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-print("READY " + json.dumps({"first_loss": 2.0, "versions": {}}), flush=True)
+print("BEGIN {}\\nREADY " + json.dumps({"first_loss": 2.0, "versions": {}}), flush=True)
 done = 1
 for line in sys.stdin:
     began = time.monotonic()
@@ -49,6 +50,67 @@ def test_a_ratio_is_of_the_times_of_one_round() -> None:
     assert row.ratio == Spread(0.5, 0.5, 0.5)
     assert row.seconds == Spread(2.1, 2.0, 6.0)
     assert row.ratio_of_best == 0.5
+
+
+def test_a_rival_is_compared_with_round_by_round() -> None:
+    records = {
+        "reference": _record([4.0, 4.0]),
+        "rival": _record([2.0, 6.0]),
+        "ours": _record([1.0, 3.0]),
+    }
+    rows = ratios.rows(records, "reference", drop=0, rivals={"ours": "rival"})
+    assert rows["ours"].rival_ratio == Spread(0.5, 0.5, 0.5)
+    assert rows["rival"].rival_ratio is None
+
+
+def test_ours_has_for_a_rival_pytorch_at_its_best_in_the_same_precision(tmp_path: Path) -> None:
+    on_gpu = field("gpu", bfloat16=True, torch=tmp_path)
+    assert contestants.rivals(on_gpu) == {
+        "mainrun f32": "torch f32 compiled",
+        "mainrun bf16": "torch bf16 compiled",
+    }
+    assert [c.name for c in on_gpu if c.is_compiled] == [
+        "torch f32 compiled",
+        "torch bf16 compiled",
+    ]
+    assert contestants.rivals(field("cpu", bfloat16=False, torch=None)) == {}
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_matrix_products() -> None:
+    """Against every product of one small model, written out: batch 2, time 8, width 4, 3 layers."""
+    run = config.load(
+        None,
+        ["data.context_length=8", "training.batch_size=2", "model.d_model=4",
+         "model.num_layers=3", "model.mlp.hidden=16", "model.attention.num_heads=2"],
+    )  # fmt: skip
+    tokens = 2 * 8
+    qkv, out, up, down = 4 * 12, 4 * 4, 4 * 16, 16 * 4
+    forward = 2 * tokens * (3 * (qkv + out + up + down) + 4 * 11)
+    half_of_scores_and_mix = 3 * 2 * (2 * (2 * 8 * 8 * 4)) // 2
+    assert sizes.flops_per_step(run, 11) == 3 * (forward + half_of_scores_and_mix)
+
+
+def test_peaks_are_of_this_device_and_plausible() -> None:
+    found = peaks.measure(size=256, numbers=2**20)
+    assert 1e8 < found["flops_per_second"]["float32"] < 1e15
+    assert 1e8 < found["bytes_per_second"] < 1e14
+    assert found["datasheet"] is None
+
+
+def test_the_page_is_what_the_records_say_and_names_what_was_not_run() -> None:
+    records = {f.stem: json.loads(f.read_text("utf-8")) for f in FOLDER.glob("*.json")}
+    text = page.page(records)
+    assert FOLDER.with_suffix(".md").read_text("utf-8") == text, "python -m tests.bench.page"
+    assert "## `gpt124m`\n\nNot run." in page.page({})
+
+
+@pytest.mark.slow
+def test_a_long_run_on_packed_documents_does_not_grow(tmp_path: Path) -> None:
+    """Its later thousands take no more memory than the one after the first."""
+    found = steady.measure(4000, 1000, tmp_path)
+    resident = [s["resident_bytes"] for s in found["stretches"]]
+    assert len(resident) == 4
+    assert resident[-1] < resident[1] + 8 * MIB, resident
 
 
 def test_dropped_rounds_move_no_number() -> None:
@@ -117,12 +179,12 @@ def test_each_start_is_of_a_new_process_and_cold_before_warm(tmp_path: Path) -> 
     program = (
         "import json, os, time; p = os.environ['MAINRUN_CACHE_DIR']\n"
         "if not os.path.exists(p): time.sleep(0.5); os.mkdir(p)\n"
-        "print('READY {}', flush=True); input()"
+        "print('BEGIN {}\\nREADY {}', flush=True); input()"
     )
     command = [sys.executable, "-c", program]
     seconds = race.starts({_contestant("a"): command}, tmp_path, count=2, say=lambda _: None)["a"]
     assert [len(seconds["cold"]), len(seconds["warm"])] == [2, 2]
-    assert min(seconds["cold"]) >= 0.5
+    assert min(start.begin for start in seconds["cold"]) >= 0.5
     assert len(list(tmp_path.iterdir())) == 2, "each cold start has a cache of its own"
 
 
@@ -140,7 +202,7 @@ def test_peak_memory_and_faults_are_the_contestants_own(tmp_path: Path) -> None:
 
 
 def test_a_contestant_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> None:
-    program = "print('READY {}', flush=True); input(); raise SystemExit('no more')"
+    program = "print('BEGIN {}\\nREADY {}', flush=True); input(); raise SystemExit('no more')"
     dying = Worker([sys.executable, "-c", program], dict(os.environ), tmp_path)
     with dying, pytest.raises(WorkerFailed, match="no more"):
         dying.run(1)
@@ -149,7 +211,7 @@ def test_a_contestant_that_dies_is_an_error_with_its_last_words(tmp_path: Path) 
 
 
 def test_a_contestant_is_gone_after_its_block_even_when_the_block_fails(tmp_path: Path) -> None:
-    deaf = "import time; print('READY {}', flush=True); time.sleep(600)"
+    deaf = "import time; print('BEGIN {}\\nREADY {}', flush=True); time.sleep(600)"
     worker = Worker([sys.executable, "-c", deaf], dict(os.environ), tmp_path)
     with pytest.raises(KeyboardInterrupt), worker:
         raise KeyboardInterrupt
@@ -168,7 +230,7 @@ def test_stock_pytorch_is_stock_whatever_the_shell_says(
 
 
 def test_mainrun_takes_part_with_its_own_loop(corpus: Path, tmp_path: Path) -> None:
-    overrides = [*SIZES["small"], f"data.source=file:{corpus}", "training.epochs=200"]
+    overrides = [*sizes.SIZES["tiny"][1], f"data.source=file:{corpus}", "training.epochs=200"]
     run = config.load(None, [*overrides, "optimizer.learning_rate=1e-2"])
     settings = equal_settings(run, parts.read_texts(run), tmp_path)
     (contestant,) = field("cpu", bfloat16=False, torch=None)
@@ -183,10 +245,11 @@ def test_mainrun_takes_part_with_its_own_loop(corpus: Path, tmp_path: Path) -> N
     assert list((tmp_path / "cache").rglob("*-cache")), "the next start finds the compiled step"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(pytorch.interpreter() is None, reason=pytorch.MISSING)
 def test_the_real_contestants_run_and_learn_the_same(corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "bench"
-    command = ["-m", "tests.bench", "--size", "small", f"data.source=file:{corpus}"]
+    command = ["-m", "tests.bench", f"data.source=file:{corpus}", "--sizes", "tiny"]
     options = [
         "--rounds",
         "2",
@@ -195,7 +258,7 @@ def test_the_real_contestants_run_and_learn_the_same(corpus: Path, tmp_path: Pat
         "--steps",
         "3",
         "--starts",
-        "0",
+        "1",
         "--output",
         str(output),
     ]
@@ -203,7 +266,8 @@ def test_the_real_contestants_run_and_learn_the_same(corpus: Path, tmp_path: Pat
         [sys.executable, *command, *options], cwd=pytorch.ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads(output.with_suffix(".json").read_text())
+    record = json.loads((output / "tiny.json").read_text())
+    assert record["devices"] == ["cpu", "gpu"]
     (comparison, *_) = record["comparisons"]
     assert list(comparison["rows"]) == ["torch f32 stock", "torch f32 tuned malloc", "mainrun f32"]
     parameters = {name: facts["parameters"] for name, facts in comparison["facts"].items()}
@@ -214,10 +278,13 @@ def test_the_real_contestants_run_and_learn_the_same(corpus: Path, tmp_path: Pat
         assert [answer["steps"] for answer in answers] == [4, 7, 10]
         # Untrained weights are all but a uniform guess.
         assert abs(row["first_loss"] - math.log(record["vocab_size"])) < 0.1
-    table = output.with_suffix(".md").read_text()
-    assert table in done.stdout
-    assert "| mainrun f32 |" in table
-    assert str(pytorch.ROOT) not in table + output.with_suffix(".json").read_text()
+    for kind in ("cold", "warm"):
+        ((begin, done),) = comparison["starts"]["mainrun f32"][kind]
+        assert 0 < begin < done
+    text = output.with_suffix(".md").read_text()
+    assert "| mainrun f32 |" in text
+    assert "GPU: not run." in text or record["gpu"] != "none"
+    assert str(pytorch.ROOT) not in text + (output / "tiny.json").read_text()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """One contestant as a process that stays, and the lines it and its parent exchange.
 
+    BEGIN {}                                     before its first step: all is read and compiled
     READY {"first_loss": …, "versions": …, …}    after its first step is done
     3                                            the parent asks for three more steps
     R {"seconds": …, "loss": …, "steps": …, "device_bytes": …}
@@ -56,6 +57,8 @@ class Worker:
             text=True,
         )
         try:
+            self._answer("BEGIN ")
+            self.begin_seconds = time.perf_counter() - started
             self.facts = self._answer("READY ")
         except BaseException:
             self.close()
