@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,8 @@ def _moments(
         config.data.context_length,
         jnp.dtype(config.training.precision).itemsize,
     )
-    blocks = _blocks(config, state, batch)
+    whole = _blocks(config, state, batch)
+    blocks = _remembered(config, whole, batch)
     trained = _bytes(state.params)
     always = {
         "parameters": trained,
@@ -119,7 +120,7 @@ def _moments(
         own = _bytes_of(state.params, f"blocks.{number}")
         # Micro-batches add a block's gradients to the accumulator as they come.
         gradients = own if is_cut else gradients + own
-        for half in activations.halves(blocks[number]):
+        for half in activations.halves(whole[number]):
             yield moment(
                 f"the backward pass of block {number + 1}",
                 in_hand | {"gradients": gradients},
@@ -148,6 +149,22 @@ def _blocks(config: Config, state: TrainState, batch: MicroBatch) -> tuple[Parts
             parts = blocks[int(adapter[1])]
             parts["adapters"] = parts.get("adapters", 0) + batch.narrow(width)
     return blocks
+
+
+def _remembered(config: Config, whole: tuple[Parts, ...], batch: MicroBatch) -> tuple[Parts, ...]:
+    """What the forward pass leaves of each block; a skip stands beside the blocks."""
+    match config.training.remat:
+        case "none":
+            return whole
+        case "blocks":
+            skips = ({"skip": block["skip"]} if "skip" in block else {} for block in whole)
+            widths = config.model.widths[1:]
+            return tuple(
+                activations.remembered(width, batch) | skip
+                for width, skip in zip(widths, skips, strict=True)
+            )
+        case _:
+            assert_never(config.training.remat)
 
 
 def _rounded_weights(config: Config, state: TrainState, *, is_cut: bool) -> int:

@@ -27,6 +27,7 @@ _TITLES = {
     "rounded_weights": "weights rounded to 16 bits",
     "embedding": "embedding",
     "dropout_index": "dropout's index",
+    "block_outputs": "blocks' outputs",
     "norms_and_residual": "norms and residual",
     "projections": "attention's projections",
     "attention_weights": "attention's weights",
