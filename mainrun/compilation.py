@@ -42,14 +42,13 @@ def compile_step(config: Config, joined: Parts, base: Base | None) -> Compiled:
     feed = parts.feed(config, joined.texts, MOST_STEPS, limit_bytes=limit)
     run = stretch(parts.train_step(config, joined), feed.batch_at, feed.most)
     state = initial_shapes(config, joined, base)
+    vocab_size = joined.network.vocab_size
+    estimate = memory.estimate(config, vocab_size, joined.micro_batches, state)
+    memory.check_possible(estimate, limit, config, vocab_size)
     executable = jax.jit(run, donate_argnums=0).lower(state, feed(0, 1), np.int32(1)).compile()
-    compilation = Compilation(
-        time.perf_counter() - started,
-        memory.executable_bytes(executable),
-        memory.estimate(config, joined.network.vocab_size, joined.micro_batches, state),
-    )
-    memory.check_fits(compilation.step_bytes, limit)
-    return Compiled(executable, feed, compilation)
+    seconds, step_bytes = time.perf_counter() - started, memory.executable_bytes(executable)
+    memory.check_fits(step_bytes, limit, config, vocab_size)
+    return Compiled(executable, feed, Compilation(seconds, step_bytes, estimate))
 
 
 def initial_shapes(config: Config, joined: Parts, base: Base | None) -> TrainState:

@@ -144,10 +144,11 @@ def opened(
             _write_environment(prepared, run_dir)
         again = resume_command(run_dir, prepared.overrides or ())
         run = LiveRun(config, joined, tracker, saved, stopping, again, watch)
-        state = restored.state if restored else initial(config, joined, base)
-        if prepared.overrides is None:
-            run.tell_start(run_dir.name, state, compilation)
-        yield Opened(run, state, restored.progress if restored else Progress())
+        with memory.explained(compilation.step_bytes, config, joined.network.vocab_size):
+            state = restored.state if restored else initial(config, joined, base)
+            if prepared.overrides is None:
+                run.tell_start(run_dir.name, state, compilation)
+            yield Opened(run, state, restored.progress if restored else Progress())
 
 
 def _made(prepared: Prepared) -> Path:

@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_told_with_the_remedy():
     found = shown(2**20)
     assert not found.fits
     assert "too little: a training step needs" in memory.table(found)
-    assert "raise training.grad_accumulation" in memory.table(found)
+    assert "make the model or data.context_length smaller" in memory.table(found)
     assert memory.as_dict(found)["fits"] is False
     assert "unknown" in memory.table(shown(None))
 

@@ -6,13 +6,12 @@ import optax
 
 from mainrun.config import Config
 from mainrun.data.batches import Batch
-from mainrun.errors import UserError
 from mainrun.model import lora
 from mainrun.model.gpt import Network
 from mainrun.training import backend, optimizer, step
 from mainrun.training.step import TrainState
 
-_SPARE = 0.95  # of the device's memory: the runtime needs some besides the step
+SPARE = 0.95  # of the device's memory: the runtime needs some besides the step
 
 
 def executable_bytes(executable: jax.stages.Compiled) -> int:
@@ -30,25 +29,9 @@ def executable_bytes(executable: jax.stages.Compiled) -> int:
     )
 
 
-def check_fits(step_bytes: int, limit_bytes: int | None) -> None:
-    """Raises UserError, naming the remedy, for a step that is larger than the device's memory."""
-    if not fits(step_bytes, limit_bytes):
-        raise UserError(too_large(step_bytes, limit_bytes))
-
-
 def fits(step_bytes: int, limit_bytes: int | None) -> bool:
     """Whether the device has so much; where what it has is unknown, yes."""
-    return limit_bytes is None or step_bytes <= _SPARE * limit_bytes
-
-
-def too_large(step_bytes: int, limit_bytes: int | None) -> str:
-    """That it does not fit, and what would help."""
-    assert limit_bytes is not None
-    return (
-        f"a training step needs {gibibytes(step_bytes)}, the device has "
-        f"{gibibytes(limit_bytes)}: raise training.grad_accumulation (auto: as far as needed) or "
-        "make the model, training.batch_size or data.context_length smaller"
-    )
+    return limit_bytes is None or step_bytes <= SPARE * limit_bytes
 
 
 def gibibytes(count: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mainrun import parts
 from mainrun.config import Config
-from mainrun.memory import compiled
+from mainrun.memory import advice, compiled
 from mainrun.memory.peak import Estimate, estimate
 from mainrun.memory.settle import settled
 from mainrun.memory.vocabulary import Vocabulary, expected
@@ -195,7 +195,8 @@ def _verdict(found: Report) -> str:
         return "unknown"
     if found.fits:
         return f"{compiled.gibibytes(available)}: it fits"
-    return f"too little: {compiled.too_large(found.compiled_bytes, available)}"
+    why = advice.too_large(found.compiled_bytes, available, found.config, found.vocabulary.size)
+    return f"too little: {why}"
 
 
 def _share(size: int, found: Estimate) -> str:
