@@ -280,11 +280,10 @@ def shown(available_bytes: int | None) -> memory.Report:
     return memory.Report(
         estimate=found,
         compiled_bytes=found.total_bytes * 2,
-        available_bytes=available_bytes,
         vocabulary=vocabulary.expected(config),
         micro_batches=1,
         config=config,
-        device="a machine",
+        target=memory.Target("a machine", "cpu", available_bytes, None),
     )
 
 

@@ -48,8 +48,8 @@ def test_auto_takes_the_fewest_micro_batches_that_fit_however_far_off_the_estima
     """The compiler is asked: the estimate is made wrong by a factor, as for another device."""
     reckoned = memory.estimate
 
-    def wrong(*words: Any) -> memory.Estimate:
-        found = reckoned(*words)
+    def wrong(*words: Any, **named: Any) -> memory.Estimate:
+        found = reckoned(*words, **named)
         return replace(found, parts={**found.parts, "off": int((off - 1) * found.total_bytes)})
 
     monkeypatch.setattr(settle, "estimate", wrong)

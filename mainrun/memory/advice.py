@@ -27,12 +27,12 @@ class Remedy(NamedTuple):
     needed_bytes: int
 
 
-def most_off() -> float:
+def most_off(platform: str | None = None) -> float:
     """The factor by which an estimate may be wrong, so that beyond it nothing is compiled.
 
     The formulas are calibrated on a CPU; a GPU's compiler keeps less (docs/memory.md).
     """
-    return 1.3 if jax.default_backend() == "cpu" else 3.0
+    return 1.3 if (platform or jax.default_backend()) == "cpu" else 3.0
 
 
 def check_possible(found: Estimate, limit: int | None, config: Config, vocab_size: int) -> None:
@@ -48,10 +48,12 @@ def check_fits(step_bytes: int, limit: int | None, config: Config, vocab_size: i
         raise UserError(too_large(step_bytes, limit, config, vocab_size))
 
 
-def too_large(step_bytes: int, limit: int, config: Config, vocab_size: int) -> str:
+def too_large(
+    step_bytes: int, limit: int, config: Config, vocab_size: int, platform: str | None = None
+) -> str:
     """That it does not fit, and what would; a line for each remedy behind a first that says all."""
     first = f"a training step needs {gibibytes(step_bytes)}, the device has {gibibytes(limit)}"
-    return first + _advice(step_bytes, int(SPARE * limit), config, vocab_size)
+    return first + _advice(step_bytes, int(SPARE * limit), config, vocab_size, platform)
 
 
 @contextlib.contextmanager
@@ -68,15 +70,21 @@ def explained(step_bytes: int, config: Config, vocab_size: int) -> Iterator[None
 
 
 def remedies(
-    config: Config, vocab_size: int, room_bytes: int, *, factor: float = 1.0
+    config: Config,
+    vocab_size: int,
+    room_bytes: int,
+    *,
+    factor: float = 1.0,
+    platform: str | None = None,
 ) -> list[Remedy]:
     """What brings a step into so many bytes, by `factor` times the estimate: of each kind the
     least change that does; all together where none does alone."""
     state = abstract_state(config, vocab_size)
 
     def needed(candidate: Config) -> int:
-        count = parts.num_micro_batches(candidate)
-        return int(factor * estimate(candidate, vocab_size, count, state).total_bytes)
+        count = parts.num_micro_batches(candidate, platform)
+        found = estimate(candidate, vocab_size, count, state, platform=platform)
+        return int(factor * found.total_bytes)
 
     def least(way: Iterator[dict[str, Any]]) -> Iterator[Remedy]:
         for values in way:
@@ -86,14 +94,15 @@ def remedies(
                 yield Remedy(words, size)
                 return
 
-    alone, together = _ways(config)
+    alone, together = _ways(config, parts.num_micro_batches(config, platform))
     return [r for way in alone for r in least(way)] or list(least(together))
 
 
-def _ways(config: Config) -> tuple[list[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]:
+def _ways(
+    config: Config, now: int
+) -> tuple[list[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]:
     """Changes of the training's settings, the least of each kind first; and of all kinds."""
     training, size = config.training, config.training.batch_size
-    now = parts.num_micro_batches(config)
     more = [n for n in range(now + 1, size + 1) if size % n == 0]
     given = 1 if training.grad_accumulation == "auto" else training.grad_accumulation
     smaller = [size // n for n in range(2, size + 1) if size % n == 0 and size // n % given == 0]
@@ -108,9 +117,13 @@ def _ways(config: Config) -> tuple[list[Iterator[dict[str, Any]]], Iterator[dict
     return alone, ({"grad_accumulation": n} | merged for n in more or [given])
 
 
-def _advice(step_bytes: int, room_bytes: int, config: Config, vocab_size: int) -> str:
-    known = estimate(config, vocab_size, parts.num_micro_batches(config)).total_bytes
-    found = remedies(config, vocab_size, room_bytes, factor=step_bytes / known)
+def _advice(
+    step_bytes: int, room_bytes: int, config: Config, vocab_size: int, platform: str | None = None
+) -> str:
+    count = parts.num_micro_batches(config, platform)
+    known = estimate(config, vocab_size, count, platform=platform).total_bytes
+    factor = step_bytes / known
+    found = remedies(config, vocab_size, room_bytes, factor=factor, platform=platform)
     if not found:
         return ": make the model or data.context_length smaller"
     lines = (f"{remedy.setting}: {gibibytes(remedy.needed_bytes)}" for remedy in found)

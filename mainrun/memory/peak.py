@@ -55,19 +55,25 @@ class Estimate:
 
 
 def estimate(
-    config: Config, vocab_size: int, micro_batches: int, state: TrainState | None = None
+    config: Config,
+    vocab_size: int,
+    micro_batches: int,
+    state: TrainState | None = None,
+    *,
+    platform: str | None = None,
 ) -> Estimate:
     """A training step, its batch cut into so many micro-batches.
 
-    `state` gives the shapes, where they are at hand.
+    `state` gives the shapes, where they are at hand; `platform` is another than this machine's.
     """
     state = state or abstract_state(config, vocab_size)
-    moments = _moments(config, vocab_size, micro_batches, state)
+    head_tokens = backend.head_tokens(vocab_size, platform)
+    moments = _moments(config, vocab_size, micro_batches, state, head_tokens)
     return max(moments, key=lambda moment: moment.total_bytes)
 
 
 def _moments(
-    config: Config, vocab_size: int, micro_batches: int, state: TrainState
+    config: Config, vocab_size: int, micro_batches: int, state: TrainState, head_tokens: int
 ) -> Iterator[Estimate]:
     model, is_cut = config.model, micro_batches > 1
     passes = 2 if config.training.regularization.r_drop else 1  # at once, side by side
@@ -90,7 +96,7 @@ def _moments(
         "embedding": activations.embedding(model, batch),
         "dropout_index": activations.dropout_index(model, batch),
     }
-    at_head = activations.at_head(batch, backend.head_tokens(vocab_size))
+    at_head = activations.at_head(batch, head_tokens)
     last = {
         "final_norm": activations.final_norm(model, batch),
         "logits": activations.logits(model, vocab_size, at_head),

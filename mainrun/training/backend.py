@@ -45,9 +45,14 @@ def describe_device() -> str:
     return device.device_kind if device.platform != "cpu" else f"cpu ({_cpu_model()})"
 
 
-def micro_batches(batch_size: int, context_length: int, *, at_least: int) -> int:
-    """Micro-batches that a batch is cut into: what was asked for, and more on a CPU if faster."""
-    if jax.default_backend() != "cpu":
+def micro_batches(
+    batch_size: int, context_length: int, *, at_least: int, platform: str | None = None
+) -> int:
+    """Micro-batches that a batch is cut into: what was asked for, and more on a CPU if faster.
+
+    `platform` stands for this machine's, where a step is made for another.
+    """
+    if (platform or jax.default_backend()) != "cpu":
         return at_least
     for count in range(at_least, batch_size + 1):
         if batch_size % count == 0 and batch_size // count * context_length <= _CPU_TOKENS:
@@ -55,9 +60,9 @@ def micro_batches(batch_size: int, context_length: int, *, at_least: int) -> int
     return batch_size
 
 
-def head_tokens(vocab_size: int) -> int:
+def head_tokens(vocab_size: int, platform: str | None = None) -> int:
     """Positions whose logits are held at one time, in training and in evaluation."""
-    few = 1 if jax.default_backend() == "cpu" else _GPU_HEAD_TOKENS
+    few = 1 if (platform or jax.default_backend()) == "cpu" else _GPU_HEAD_TOKENS
     return max(few, _LOGITS // vocab_size)
 
 
