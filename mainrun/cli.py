@@ -306,8 +306,9 @@ def _memory(options: argparse.Namespace) -> None:
     _tell_all(config.notes(path))
     from mainrun import memory
 
+    card = None if options.device is None else memory.named(options.device)
     _tell("compiling the training step")
-    found = memory.examine(settings, options.vocab_size)
+    found = memory.examine(settings, options.vocab_size, card)
     print(json.dumps(memory.as_dict(found)) if options.json else memory.table(found))
 
 
@@ -436,6 +437,9 @@ def _memory_words(command: argparse.ArgumentParser) -> None:
     _config_words(command, default="quickstart")
     command.add_argument(
         "--vocab-size", type=_count, metavar="N", help="tokens; default: what the config asks for"
+    )
+    command.add_argument(
+        "--device", metavar="CARD", help="a card that need not be here, as h200; default: this one"
     )
     command.add_argument("--json", action="store_true", help="one JSON object")
 

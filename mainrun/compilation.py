@@ -42,16 +42,16 @@ def compile_step(config: Config, joined: Parts, base: Base | None) -> Compiled:
     feed = parts.feed(config, joined, MOST_STEPS, limit_bytes=limit)
     run = stretch(parts.train_step(config, joined), feed.batch_at, feed.most)
     state = initial_shapes(config, joined, base)
+    vocab_size, layout = joined.network.vocab_size, joined.layout
+    share = layout.share_of(config)
+    estimate = memory.estimate(share, vocab_size, joined.micro_batches, layout.held(state))
+    memory.check_possible(estimate, limit, config, vocab_size)
     given = state, feed(0, 1), np.int32(1)
-    options = joined.layout.jit_options(given, (state, jax.eval_shape(run, *given)[1]))
+    options = layout.jit_options(given, (state, 0))  # metrics lie everywhere
     executable = jax.jit(run, donate_argnums=0, **options).lower(*given).compile()
-    compilation = Compilation(
-        time.perf_counter() - started,
-        memory.executable_bytes(executable),
-        memory.estimate(config, joined.network.vocab_size, joined.micro_batches, state),
-    )
-    memory.check_fits(compilation.step_bytes, limit)
-    return Compiled(executable, feed, compilation)
+    seconds, step_bytes = time.perf_counter() - started, memory.executable_bytes(executable)
+    memory.check_fits(step_bytes, limit, config, vocab_size)
+    return Compiled(executable, feed, Compilation(seconds, step_bytes, estimate))
 
 
 def initial_shapes(config: Config, joined: Parts, base: Base | None) -> TrainState:

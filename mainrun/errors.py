@@ -11,6 +11,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory, or the machine's, has run out. XLA says it in words alone."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 class UserError(ValueError):
     """The user's mistake, found before any work: value, place, remedy in one line. Exit code 2."""
 

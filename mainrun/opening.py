@@ -81,7 +81,7 @@ def prepare(
     base = _load_base(config)
     texts = read(config, base.tokenizer if base else None)
     _check_same(texts.fingerprint)
-    config = memory.settled(config, texts.tokenizer.get_vocab_size())
+    config = _settled(config, texts, layout)
     return Prepared(config, parts.assemble(config, texts, layout), base, command, run_dir, name)
 
 
@@ -107,7 +107,7 @@ def prepare_to_resume(
             f"data.source={config.data.source} is not what the run was trained on (fingerprint "
             f"{texts.fingerprint[:12]}, not {trained_on[:12]}): resume with the data it had"
         )
-    config = memory.settled(config, texts.tokenizer.get_vocab_size())
+    config = _settled(config, texts, layout)
     joined = parts.assemble(config, texts, layout)
     return Prepared(config, joined, base, command, run_dir, run_dir.name, overrides)
 
@@ -165,10 +165,11 @@ def opened(
             saved = stack.enter_context(Checkpoints(checkpoints, read_only=True))
         again = resume_command(run_dir, prepared.overrides or ())
         run = LiveRun(config, joined, tracker, saved, stopping, again, watch)
-        state = restored.state if restored else initial(config, joined, base)
-        if prepared.overrides is None:
-            run.tell_start(run_dir.name, state, compilation)
-        yield Opened(run, state, restored.progress if restored else Progress())
+        with memory.explained(compilation.step_bytes, config, joined.network.vocab_size):
+            state = restored.state if restored else initial(config, joined, base)
+            if prepared.overrides is None:
+                run.tell_start(run_dir.name, state, compilation)
+            yield Opened(run, state, restored.progress if restored else Progress())
 
 
 def _made(prepared: Prepared) -> Path:
@@ -211,6 +212,13 @@ def _layout(config: Config) -> Layout:
     if made.devices < len(devices):
         say(f"{made.devices} of {len(devices)} devices: more cannot share {examples} examples")
     return made
+
+
+def _settled(config: Config, texts: Texts, layout: Layout) -> Config:
+    """The config with a number of micro-batches: as many as one device's examples need."""
+    share = memory.settled(layout.share_of(config), texts.tokenizer.get_vocab_size())
+    cuts = share.training.grad_accumulation
+    return replace(config, training=replace(config.training, grad_accumulation=cuts))
 
 
 def _check_same(fact: str) -> None:

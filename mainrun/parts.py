@@ -213,14 +213,15 @@ def _samples(settings: WeightAverage | None, lengths: dict[str, int]) -> Samples
             return EVERY_UPDATE
 
 
-def num_micro_batches(config: Config, layout: Layout = ONE) -> int:
-    """Pieces that a batch is computed in, in training and in evaluation."""
+def num_micro_batches(config: Config, layout: Layout = ONE, platform: str | None = None) -> int:
+    """Pieces that a batch is computed in, in training and in evaluation, here or elsewhere."""
     asked = config.training.grad_accumulation  # auto: a run has settled it before (`memory`)
     return backend.micro_batches(
         config.training.batch_size,
         config.data.context_length,
         at_least=1 if asked == "auto" else asked,
         shards=layout.example_shards,
+        platform=platform,
     )
 
 

@@ -147,6 +147,23 @@ def _summed(settings: config.Network) -> Any:
 
 
 @every_model
+def test_blocks_computed_again_change_neither_loss_nor_gradient(settings: config.Network) -> None:
+    """Masks of dropout among them: these are functions of keys, so they come out the same."""
+    settings = dataclasses.replace(settings, dropout=0.3)
+    keys, batch = jax.random.key_data(jax.random.split(jax.random.key(0), 3)), some_batch()
+
+    def loss(p: dict, *, remat: bool) -> jax.Array:
+        model = network(settings).bind(p, remat=remat)
+        return token_loss(model, batch, mask_documents=True, dropout_keys=keys).nll.sum()
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnames="remat")
+    kept, again = (run(params(settings), remat=remat) for remat in (False, True))
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+        # The same products; XLA fuses what is around them differently.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + float(jnp.abs(a).max())))
+
+
+@every_model
 def test_the_second_call_compiles_nothing(settings: config.Network) -> None:
     for seed in range(2):
         scaled = {name: array * (1 + seed) for name, array in params(settings).items()}

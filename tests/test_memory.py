@@ -107,6 +107,19 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
         [*ONE, "training.batch_size=8", "training.init_from=runs/base",
          "model.lora={rank: 4, dropout: 0.1}"],
     ),
+    "blocks computed again": (
+        200,
+        "attention_weights",
+        [*SMALL, "model.num_layers=6", "data.context_length=256", "training.batch_size=4",
+         "training.remat=blocks"],
+    ),
+    "the same, narrowing, in bfloat16": (
+        200,
+        "attention_weights",
+        ["model.kind=unet_gpt", "model.d_model=64", "model.bottleneck_sizes=[64, 32, 64, 64, 32]",
+         "model.attention.num_heads=4", "data.context_length=256", "training.batch_size=4",
+         "training.precision=bfloat16", "training.remat=blocks"],
+    ),
     "a tiny batch": (
         2000,
         "optimizer_state",
@@ -221,6 +234,20 @@ def test_every_block_is_told_with_its_own_width():
     )
 
 
+def test_of_blocks_that_are_computed_again_one_is_in_memory():
+    words = [*SMALL, "model.num_layers=6", "data.context_length=256", "training.batch_size=4"]
+    plain = settings(*words)
+    again = settings(*words, "training.remat=blocks")
+    found = reckoned(again, 200)
+    assert found.moment == "the backward pass of block 1"
+    assert "block_outputs" not in found.by_part, "of the others nothing is left by then"
+    assert not any(map(len, found.blocks[1:]))
+    before = reckoned(plain, 200).by_part["attention_weights"]
+    assert found.by_part["attention_weights"] * 6 == before
+    kept, counted = (compiled.step_bytes(c, 200, num_micro_batches(c)) for c in (plain, again))
+    assert counted < kept / 2
+
+
 # --- vocabulary -----------------------------------------------------------------------------------
 
 
@@ -253,11 +280,10 @@ def shown(available_bytes: int | None) -> memory.Report:
     return memory.Report(
         estimate=found,
         compiled_bytes=found.total_bytes * 2,
-        available_bytes=available_bytes,
         vocabulary=vocabulary.expected(config),
         micro_batches=1,
         config=config,
-        device="a machine",
+        target=memory.Target("a machine", "cpu", available_bytes, None),
     )
 
 
@@ -276,7 +302,7 @@ def test_what_does_not_fit_is_told_with_the_remedy():
     found = shown(2**20)
     assert not found.fits
     assert "too little: a training step needs" in memory.table(found)
-    assert "raise training.grad_accumulation" in memory.table(found)
+    assert "make the model or data.context_length smaller" in memory.table(found)
     assert memory.as_dict(found)["fits"] is False
     assert "unknown" in memory.table(shown(None))
 

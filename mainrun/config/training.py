@@ -85,6 +85,7 @@ class Training:
     init_from: Annotated[str, Field(min_length=1)] | None = None
     batch_size: Count = 64
     grad_accumulation: Count | Literal["auto"] = 1
+    remat: Literal["none", "blocks"] = "none"
     grad_clip: Positive | None = 1.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     loss_scale: LossScale = dataclasses.field(default_factory=LossScale)

@@ -122,6 +122,11 @@ def block(
             assert_never(settings.mlp)
 
 
+def remembered(outputs: int, batch: MicroBatch) -> Parts:
+    """What is left of a block that is computed again: what it gives, the next one's input."""
+    return {"block_outputs": batch.narrow(outputs)}
+
+
 def halves(kept: Parts) -> tuple[Parts, Parts]:
     """A block while the backward pass is in its MLP, and then in its attention.
 

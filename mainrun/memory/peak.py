@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -55,19 +55,25 @@ class Estimate:
 
 
 def estimate(
-    config: Config, vocab_size: int, micro_batches: int, state: TrainState | None = None
+    config: Config,
+    vocab_size: int,
+    micro_batches: int,
+    state: TrainState | None = None,
+    *,
+    platform: str | None = None,
 ) -> Estimate:
     """A training step, its batch cut into so many micro-batches.
 
-    `state` gives the shapes, where they are at hand.
+    `state` gives the shapes, where they are at hand; `platform` is another than this machine's.
     """
     state = state or abstract_state(config, vocab_size)
-    moments = _moments(config, vocab_size, micro_batches, state)
+    head_tokens = backend.head_tokens(vocab_size, platform)
+    moments = _moments(config, vocab_size, micro_batches, state, head_tokens)
     return max(moments, key=lambda moment: moment.total_bytes)
 
 
 def _moments(
-    config: Config, vocab_size: int, micro_batches: int, state: TrainState
+    config: Config, vocab_size: int, micro_batches: int, state: TrainState, head_tokens: int
 ) -> Iterator[Estimate]:
     model, is_cut = config.model, micro_batches > 1
     passes = 2 if config.training.regularization.r_drop else 1  # at once, side by side
@@ -76,7 +82,8 @@ def _moments(
         config.data.context_length,
         jnp.dtype(config.training.precision).itemsize,
     )
-    blocks = _blocks(config, state, batch)
+    whole = _blocks(config, state, batch)
+    blocks = _remembered(config, whole, batch)
     trained = _bytes(state.params)
     always = {
         "parameters": trained,
@@ -89,7 +96,7 @@ def _moments(
         "embedding": activations.embedding(model, batch),
         "dropout_index": activations.dropout_index(model, batch),
     }
-    at_head = activations.at_head(batch, backend.head_tokens(vocab_size))
+    at_head = activations.at_head(batch, head_tokens)
     last = {
         "final_norm": activations.final_norm(model, batch),
         "logits": activations.logits(model, vocab_size, at_head),
@@ -119,7 +126,7 @@ def _moments(
         own = _bytes_of(state.params, f"blocks.{number}")
         # Micro-batches add a block's gradients to the accumulator as they come.
         gradients = own if is_cut else gradients + own
-        for half in activations.halves(blocks[number]):
+        for half in activations.halves(whole[number]):
             yield moment(
                 f"the backward pass of block {number + 1}",
                 in_hand | {"gradients": gradients},
@@ -148,6 +155,22 @@ def _blocks(config: Config, state: TrainState, batch: MicroBatch) -> tuple[Parts
             parts = blocks[int(adapter[1])]
             parts["adapters"] = parts.get("adapters", 0) + batch.narrow(width)
     return blocks
+
+
+def _remembered(config: Config, whole: tuple[Parts, ...], batch: MicroBatch) -> tuple[Parts, ...]:
+    """What the forward pass leaves of each block; a skip stands beside the blocks."""
+    match config.training.remat:
+        case "none":
+            return whole
+        case "blocks":
+            skips = ({"skip": block["skip"]} if "skip" in block else {} for block in whole)
+            widths = config.model.widths[1:]
+            return tuple(
+                activations.remembered(width, batch) | skip
+                for width, skip in zip(widths, skips, strict=True)
+            )
+        case _:
+            assert_never(config.training.remat)
 
 
 def _rounded_weights(config: Config, state: TrainState, *, is_cut: bool) -> int:

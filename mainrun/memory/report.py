@@ -10,9 +10,11 @@ from typing import Any
 
 from mainrun import parts
 from mainrun.config import Config
-from mainrun.memory import compiled
+from mainrun.memory import advice, compiled
+from mainrun.memory.cards import Card
 from mainrun.memory.peak import Estimate, estimate
 from mainrun.memory.settle import settled
+from mainrun.memory.target import Target, here, of_card
 from mainrun.memory.vocabulary import Vocabulary, expected
 from mainrun.training import backend
 
@@ -27,6 +29,7 @@ _TITLES = {
     "rounded_weights": "weights rounded to 16 bits",
     "embedding": "embedding",
     "dropout_index": "dropout's index",
+    "block_outputs": "blocks' outputs",
     "norms_and_residual": "norms and residual",
     "projections": "attention's projections",
     "attention_weights": "attention's weights",
@@ -56,40 +59,54 @@ class Report:
     """What a config's training step is reckoned to take, what the compiler says, what is free."""
 
     estimate: Estimate
-    compiled_bytes: int
-    available_bytes: int | None
+    compiled_bytes: int | None  # None: there is no compiler for that device here
     vocabulary: Vocabulary
     micro_batches: int
     config: Config
-    device: str
+    target: Target
 
     @property
-    def ratio(self) -> float:
-        return self.estimate.total_bytes / self.compiled_bytes
+    def needed_bytes(self) -> int:
+        """By the compiler's count, or where there is none by the estimate."""
+        counted = self.compiled_bytes
+        return self.estimate.total_bytes if counted is None else counted
+
+    @property
+    def ratio(self) -> float | None:
+        counted = self.compiled_bytes
+        return None if counted is None else self.estimate.total_bytes / counted
+
+    @property
+    def available_bytes(self) -> int | None:
+        return self.target.limit_bytes
 
     @property
     def fits(self) -> bool:
-        return compiled.fits(self.compiled_bytes, self.available_bytes)
+        return compiled.fits(self.needed_bytes, self.available_bytes)
 
 
-def examine(config: Config, vocab_size: int | None = None) -> Report:
-    """What a step of these settings takes on this machine; without a size, of the expected one.
+def examine(config: Config, vocab_size: int | None = None, card: Card | None = None) -> Report:
+    """What a step of these settings takes on this machine, or on a card that need not be here.
 
-    Neither text nor numbers are read: the step is compiled for shapes alone, so one that does not
-    fit is told like any other. Raises UserError for settings that go with no network.
+    Without a size of the vocabulary, of the expected one. Neither text nor numbers are read: the
+    step is compiled for shapes alone, so one that does not fit is told like any other. Raises
+    UserError for settings that go with no network.
     """
+    there = None if card is None else of_card(card)
     backend.prepare()
     vocabulary = expected(config) if vocab_size is None else Vocabulary(vocab_size, "as asked")
-    config = settled(config, vocabulary.size)
-    micro_batches = parts.num_micro_batches(config)
+    target = there or here()
+    config = settled(config, vocabulary.size, target)
+    micro_batches, counted = parts.num_micro_batches(config, platform=target.platform), None
+    if target.can_compile:
+        counted = compiled.step_bytes(config, vocabulary.size, micro_batches, target.device)
     return Report(
-        estimate=estimate(config, vocabulary.size, micro_batches),
-        compiled_bytes=compiled.step_bytes(config, vocabulary.size, micro_batches),
-        available_bytes=backend.memory_limit_bytes(),
+        estimate=estimate(config, vocabulary.size, micro_batches, platform=target.platform),
+        compiled_bytes=counted,
         vocabulary=vocabulary,
         micro_batches=micro_batches,
         config=config,
-        device=backend.describe_device(),
+        target=target,
     )
 
 
@@ -100,17 +117,17 @@ def table(found: Report) -> str:
     rows = [
         *_rows(reckoned),
         ("estimate", _mebibytes(reckoned.total_bytes), "100 %"),
-        ("compiler's count", _mebibytes(found.compiled_bytes), ""),
+        ("compiler's count", _counted(found), ""),
     ]
     names = max(len(name) for name, _, _ in rows)
     facts = [
         ("vocabulary", f"{found.vocabulary.size:,} tokens, {found.vocabulary.reason}"),
         ("batch", f"{training.batch_size} × {time} tokens, of which {count} × {time} at a time"),
         ("precision", training.precision),
-        ("device", found.device),
+        ("device", found.target.title),
     ]
     verdicts = [
-        ("estimate", f"{found.ratio:.2f} of the compiler's count"),
+        ("estimate", _trust(found)),
         ("largest part", dominating(reckoned)),
         ("activations", f"{_mebibytes(reckoned.activation_bytes)} after the forward pass"),
         ("available", _verdict(found)),
@@ -143,7 +160,7 @@ def as_dict(found: Report) -> dict[str, Any]:
         "vocab_size": found.vocabulary.size,
         "vocab_size_is": found.vocabulary.reason,
         "micro_batches": found.micro_batches,
-        "device": found.device,
+        "device": found.target.title,
     }
 
 
@@ -194,7 +211,25 @@ def _verdict(found: Report) -> str:
         return "unknown"
     if found.fits:
         return f"{compiled.gibibytes(available)}: it fits"
-    return f"too little: {compiled.too_large(found.compiled_bytes, available)}"
+    why = advice.too_large(
+        found.needed_bytes,
+        available,
+        found.config,
+        found.vocabulary.size,
+        found.target.platform,
+    )
+    return f"too little: {why}"
+
+
+def _counted(found: Report) -> str:
+    counted = found.compiled_bytes
+    return "none" if counted is None else _mebibytes(counted)
+
+
+def _trust(found: Report) -> str:
+    if found.ratio is None:
+        return "no compiler for that card here (the extra cuda12 brings it); it takes less"
+    return f"{found.ratio:.2f} of the compiler's count"
 
 
 def _share(size: int, found: Estimate) -> str:

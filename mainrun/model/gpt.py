@@ -50,6 +50,7 @@ class Gpt(nnx.Module):
     ) -> None:
         self.settings = settings
         self.dropout = settings.dropout
+        self.remat = False
         self.vocab_size = vocab_size
         self.dtype = dtype
         init, widths = Initializer.of(settings), settings.widths
@@ -145,7 +146,9 @@ class Gpt(nnx.Module):
                 n = mirrored[number]
                 x = self.skips[n](x, outputs[pairs[n]], block_keys)
             cache = None if memory is None else memory[number]
-            x, values, routing, cache = block(x, span, block_keys, first_values, cache)
+            # Chen et al. 2016 (arXiv:1604.06174)
+            through = jax.checkpoint(block.__call__) if self.remat else block
+            x, values, routing, cache = through(x, span, block_keys, first_values, cache)
             outputs.append(x)
             first_values = values if number == 0 else first_values
             if routing is not None:
@@ -203,10 +206,14 @@ class Network:
         state = nnx.state(self._build(rngs=nnx.Rngs(params=key)))
         return {_dotted(path): param[...] for path, param in nnx.to_flat_state(state)}
 
-    def bind(self, params: Params, dropout: DropoutRate | None = None) -> Gpt:
+    def bind(
+        self, params: Params, dropout: DropoutRate | None = None, *, remat: bool = False
+    ) -> Gpt:
         """A module that computes with these parameters. Cheap inside a trace; made anew there.
 
-        `dropout` stands for the rate of the settings, where that is not one number for all.
+        `dropout` stands for the rate of the settings, where that is not one number for all. With
+        `remat` a block keeps nothing for the backward pass but its input, and is computed again
+        there.
         """
         leaves = [(path, nnx.Param(params[name])) for name, path in self._paths.items()]
         model = nnx.merge(self._graphdef, nnx.from_flat_state(leaves))
@@ -214,6 +221,7 @@ class Network:
             for _, module in nnx.iter_modules(model):
                 if hasattr(module, "dropout"):
                     module.dropout = nnx.data(dropout)
+        model.remat = remat
         return model
 
 

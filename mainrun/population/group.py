@@ -79,14 +79,13 @@ class Group:
         self._shapes = jax.eval_shape(
             self._make_state, jax.random.key(0), first.base.params if first.base else None
         )
+        vocab_size, limit = joined.network.vocab_size, backend.memory_limit_bytes()
+        estimate = memory.estimate(config, vocab_size, joined.micro_batches, self._shapes)
+        memory.check_possible(estimate, limit, config, vocab_size)
         chosen = choose(wanted, self._compile, self._seconds)
-        memory.check_fits(chosen.step_bytes, backend.memory_limit_bytes())
+        _check_fits(chosen, limit, config, vocab_size)
         self._places = Places(chosen, self._pace)
-        self._compilation = Compilation(
-            chosen.seconds,
-            chosen.step_bytes,
-            memory.estimate(config, joined.network.vocab_size, joined.micro_batches, self._shapes),
-        )
+        self._compilation = Compilation(chosen.seconds, chosen.step_bytes, estimate)
 
     def __len__(self) -> int:
         """How many are running."""
@@ -203,6 +202,18 @@ class Group:
     def _feed_of(self, prepared: Prepared) -> Sent:
         """Members may differ in their texts, so what they read is sent."""
         return Sent(partial(parts.batch, prepared.config, prepared.texts), _MOST_STEPS)
+
+
+def _check_fits(chosen: PopulationStep, limit: int | None, config: Config, vocab_size: int) -> None:
+    """Raises UserError for steps, of one run or of several at once, that do not fit the device."""
+    if chosen.places > 1 and not memory.fits(chosen.step_bytes, limit):
+        assert limit is not None
+        raise UserError(
+            f"a step of {chosen.places} runs side by side needs "
+            f"{memory.gibibytes(chosen.step_bytes)}, the device has {memory.gibibytes(limit)}: "
+            f"--population {chosen.places // 2} or fewer"
+        )
+    memory.check_fits(chosen.step_bytes, limit, config, vocab_size)
 
 
 def _room(steps: int) -> int:

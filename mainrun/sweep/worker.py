@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from mainrun import config, folder
 from mainrun.config import Config
-from mainrun.errors import RunFailed, Stopped, UserError, one_line
+from mainrun.errors import RunFailed, Stopped, UserError, is_out_of_memory, one_line
 from mainrun.opening import Prepared, prepare, prepare_to_resume, read_texts
 from mainrun.parts import Texts
 from mainrun.population import Choice, Group, Running
@@ -186,7 +186,7 @@ class _Worker:
                 run_dir, (), command=command, read=self._texts.read, layout=ONE
             )
         except (UserError, RunFailed) as error:
-            self._finish(trial, Outcome("failed", reason=str(error)))
+            self._finish(trial, Outcome("failed", reason=_reason(error)))
             return None
 
     def _group_for(self, trial: Trial, prepared: Prepared) -> Group | None:
@@ -302,8 +302,8 @@ class _Texts:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, (RunFailed, UserError)):
-        return str(error)
+        return one_line(error)
     text = one_line(error)
-    if "RESOURCE_EXHAUSTED" in text:
+    if is_out_of_memory(error):
         return f"out of memory: {text}"
     return f"{type(error).__name__}: {text}"

@@ -48,12 +48,20 @@ def describe_device() -> str:
     return device.device_kind if device.platform != "cpu" else f"cpu ({_cpu_model()})"
 
 
-def micro_batches(batch_size: int, context_length: int, *, at_least: int, shards: int = 1) -> int:
+def micro_batches(
+    batch_size: int,
+    context_length: int,
+    *,
+    at_least: int,
+    shards: int = 1,
+    platform: str | None = None,
+) -> int:
     """Micro-batches that a batch is cut into: what was asked for, and more on a CPU if faster.
 
-    So many devices share the examples of each evenly.
+    So many devices share the examples of each evenly. `platform` stands for this machine's, where
+    a step is made for another.
     """
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return at_least
     best = at_least
     for count in range(at_least, batch_size + 1):
@@ -66,9 +74,9 @@ def micro_batches(batch_size: int, context_length: int, *, at_least: int, shards
     return best
 
 
-def head_tokens(vocab_size: int) -> int:
+def head_tokens(vocab_size: int, platform: str | None = None) -> int:
     """Positions whose logits are held at one time, in training and in evaluation."""
-    few = 1 if jax.default_backend() == "cpu" else _GPU_HEAD_TOKENS
+    few = 1 if (platform or jax.default_backend()) == "cpu" else _GPU_HEAD_TOKENS
     return max(few, _LOGITS // vocab_size)
 
 

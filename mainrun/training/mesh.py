@@ -11,6 +11,7 @@ every mesh: what does not divide evenly is held whole, or padded inside the step
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -110,8 +111,26 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(placed, state)
 
+    def held(self, state: Any) -> Any:
+        """Of the shapes of a state, with their places, what one device holds."""
+        if self.is_one:
+            return state
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype),
+            state,
+        )
+
+    def share_of(self, settings: config.Config) -> config.Config:
+        """The settings of one device's part of a step: its examples."""
+        training = settings.training
+        examples = training.batch_size // self.example_shards
+        return replace(settings, training=replace(training, batch_size=examples))
+
     def jit_options(self, arguments: Sequence[Any], results: Any) -> dict[str, Any]:
-        """What `jax.jit` must be told; arguments and results have places, or lie everywhere."""
+        """What `jax.jit` must be told: where arguments and results lie, or the roots of their trees.
+
+        What has no place of its own lies everywhere.
+        """
         if self.is_one:
             return {}
         place = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or self.replicated, (

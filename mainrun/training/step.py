@@ -141,7 +141,9 @@ def make_train_step(
     ) -> tuple[Array, loss.Costs]:
         """What is minimised, times tokens and `factor`; and its parts, times tokens."""
         total, costs = loss.training_loss(
-            network.bind(layout.to_compute(frozen | params), dropout),
+            network.bind(
+                layout.to_compute(frozen | params), dropout, remat=training.remat == "blocks"
+            ),
             batch,
             training.regularization,
             mask_documents=mask_documents,
