@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from mainrun import config as configs
 from mainrun import memory, stop, yaml12
 from mainrun.errors import RunFailed, UserError
 from mainrun.profile import output
-from mainrun.profile.report import milliseconds
 from mainrun.sweep import child
 
 
@@ -70,6 +69,7 @@ def compare(
                 raise RunFailed(f"stopped after {len(rows)} of {len(chosen)} were measured")
             found = output.read(each) if code == 0 else None
             rows.append(Row(changed, found, "" if found else _reason(log, code)))
+        rows = _under_one_peak(rows)
         if folder is not None:
             output.write(folder, as_rows(rows))
     if not any(row.found for row in rows):
@@ -79,20 +79,19 @@ def compare(
 
 def comparison(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
-    head = ("", "step", "input", "dispatch", "compute", "in training", "tokens/s", "utilisation",
-            "peak memory", "compilation")  # fmt: skip
+    head = ("ms a step:", "alone", "input", "dispatch", "compute", "training",
+            "tokens/s", "of peak", "memory", "compile")  # fmt: skip
     cells = [head, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells if len(line) > 2) for i in range(len(head))]
-    widths[0] = max(len(line[0]) for line in cells)
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-            if len(line) == len(head)
-            else [line[0].ljust(widths[0]), line[1]]
-        ).rstrip()
-        for line in cells
-    )
+    whole = [line for line in cells if len(line) == len(head)]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    name_width = max(len(line[0]) for line in cells)
+
+    def text(name: str, *rest: str) -> str:
+        if len(rest) > 1:
+            rest = tuple(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        return "  ".join([name.ljust(name_width), *rest])
+
+    return "\n".join(text(*line) for line in cells)
 
 
 def as_rows(rows: Sequence[Row]) -> dict[str, Any]:
@@ -113,12 +112,33 @@ def _cells(row: Row) -> tuple[str, ...]:
                "training_step_seconds")  # fmt: skip
     return (
         row.name,
-        *(milliseconds(found[name]) for name in seconds),
+        *(f"{1e3 * found[name]:,.2f}" for name in seconds),
         f"{found['tokens_per_second']:,.0f}",
         f"{100 * found['utilisation']:.1f} %",
         memory.gibibytes(found["peak_memory_bytes"]),
         f"{found['compile_seconds']:.1f} s",
     )
+
+
+def _under_one_peak(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the best of the peaks that were measured, for each precision: a busy machine
+    measures another one every time, and no row shall gain by that."""
+    best: dict[str, float] = {}
+    for row in rows:
+        if row.found is not None:
+            precision, peak = row.found["precision"], row.found["measured_peak_flops"]
+            best[precision] = max(peak, best.get(precision, 0.0))
+
+    def under_best(found: dict[str, Any]) -> dict[str, Any]:
+        peak = best[found["precision"]]
+        used = found["tokens_per_second"] * found["flops_per_token"]["total"]
+        changed = {
+            "measured_peak_flops": peak,
+            "utilisation": used / (found["peak_flops"] or peak),
+        }
+        return found | changed
+
+    return [replace(row, found=under_best(row.found)) if row.found else row for row in rows]
 
 
 def _choices(setting: str) -> list[str]:

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from mainrun import memory
-from mainrun.profile.measure import WARM_UP, Measured
+from mainrun.profile.timing import WARM_UP, Measured
 from mainrun.training import peaks
 
 
