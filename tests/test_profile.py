@@ -67,6 +67,11 @@ def test_without_a_trace_steps_are_those_to_warm_up_and_those_that_are_timed(tmp
     assert feed.numbers == list(range(1, WARM_UP + 6))
 
 
+def test_steps_that_warm_up_are_not_timed_nor_more_than_were_asked_for():
+    found = {number: Split(float(number), 0.0, 0.0) for number in (1, 2, 3, 7, 8, 9, 10)}
+    assert [split.input for split in timing._timed(found, 3)] == [7, 8, 9]
+
+
 def _range(text: str) -> range:
     first, last = map(int, text.split("-"))
     return range(first, last + 1)
