@@ -312,6 +312,44 @@ def _memory(options: argparse.Namespace) -> None:
     print(json.dumps(memory.as_dict(found)) if options.json else memory.table(found))
 
 
+def _profile(options: argparse.Namespace) -> None:
+    from mainrun import config
+
+    path, overrides = _config_and_overrides(options.words)
+    path = path or config.default_config_root() / "base" / "quickstart.yaml"
+    settings = config.load(path, overrides)
+    _tell_all(config.notes(path))
+    from mainrun import profile
+
+    folder = options.output
+    if folder is None and not options.no_trace:
+        folder = profile.default_folder(path.stem)
+    with profile.opened(folder):
+        if options.compare:
+            chosen = profile.variants(options.compare)
+            each = _profile_options(options)
+            rows = profile.compare(path, overrides, chosen, each, folder)
+            print(json.dumps(profile.as_rows(rows)) if options.json else profile.comparison(rows))
+            return
+        found = profile.measure(
+            settings,
+            profile.Chosen(options.steps, options.trace),
+            None if options.no_trace or folder is None else folder / "trace",
+            tell=_tell,
+        )
+        if folder is not None:
+            profile.write(folder, profile.as_dict(found))
+    print(json.dumps(profile.as_dict(found)) if options.json else profile.table(found))
+
+
+def _profile_options(options: argparse.Namespace) -> list[str]:
+    """The options for each of those that are compared."""
+    words = ["--steps", str(options.steps)]
+    if options.trace is not None:
+        words += ["--trace", f"{options.trace.start}-{options.trace.stop - 1}"]
+    return [*words, "--no-trace"] if options.no_trace else words
+
+
 def _find_lr(options: argparse.Namespace) -> None:
     from mainrun import config
 
@@ -362,6 +400,7 @@ def _parser() -> argparse.ArgumentParser:
         ("config", _config, _config_words, "print the resolved config"),
         ("find-lr", _find_lr, _find_lr_words, "the learning rate at which the loss falls fastest"),
         ("memory", _memory, _memory_words, "bytes of a training step, by part and as compiled"),
+        ("profile", _profile, _profile_words, "a trace of some steps, step time, FLOP utilisation"),
         ("sweep", _sweep, _sweep_words, "trials of a search space in W&B's format"),
         ("report", _report, _report_words, "curves, tables and tests of a run, a sweep or several"),
         ("promote", _promote, _promote_words, "a finished run's config and result in config/sota/"),
@@ -440,6 +479,28 @@ def _memory_words(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--device", metavar="CARD", help="a card that need not be here, as h200; default: this one"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _profile_words(command: argparse.ArgumentParser) -> None:
+    _config_words(command, default="quickstart")
+    command.add_argument(
+        "--steps", type=_count, default=10, metavar="N", help="steps that are timed (default 10)"
+    )
+    command.add_argument(
+        "--compare", action="append", metavar="k=a,b,c",
+        help="a row for each value of this setting, each from scratch in a process of its own; "
+        "given more than once: for each combination",
+    )  # fmt: skip
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--trace", type=_steps, metavar="FIRST-LAST",
+        help="steps that are traced, by number (default: three after those that are timed)",
+    )  # fmt: skip
+    which.add_argument("--no-trace", action="store_true", help="nor a folder, without --output")
+    command.add_argument(
+        "--output", type=Path, metavar="DIR", help="a new folder (default: profile/<date>-<name>)"
     )
     command.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -558,6 +619,14 @@ def _count(text: str) -> int:
 
 def _population(text: str) -> int | None:
     return None if text == "auto" else _count(text)
+
+
+def _steps(text: str) -> range:
+    first, _, last = text.partition("-")
+    numbers = range(_count(first), int(last or first) + 1)
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"{text} ends before it begins")
+    return numbers
 
 
 def _whole(text: str) -> int:

@@ -16,7 +16,7 @@ from mainrun.data import batches, sources, tokenizers
 from mainrun.data.batches import Batch, Windows
 from mainrun.errors import UserError
 from mainrun.model.gpt import Network, Params
-from mainrun.training import backend, step
+from mainrun.training import backend, flops, peaks, step
 from mainrun.training import optimizer as optimizers
 from mainrun.training import schedule as schedules
 from mainrun.training.averaging import EVERY_UPDATE, Samples
@@ -127,6 +127,7 @@ def assemble(config: Config, texts: Texts, layout: Layout = ONE) -> Parts:
     }
     learning_rate = schedules.schedule(config.schedule, config.optimizer.learning_rate, **lengths)
     evals = training.evals_per_epoch
+    network = build_network(config, texts.tokenizer)
     return Parts(
         texts=texts,
         network=network,
@@ -142,6 +143,9 @@ def assemble(config: Config, texts: Texts, layout: Layout = ONE) -> Parts:
             divergence=training.divergence,
             limit_at_min_scale=training.loss_scale.limit_at_min,
             scales_loss=training.precision == "float16",
+            peak_tokens_per_second=peak_tokens_per_second(
+                config, network, jax.devices()[0].device_kind
+            ),
         ),
         samples=_samples(training.weight_average, lengths),
         steps_per_epoch=steps_per_epoch,
@@ -149,6 +153,14 @@ def assemble(config: Config, texts: Texts, layout: Layout = ONE) -> Parts:
         head_tokens=backend.head_tokens(network.vocab_size) * layout.devices,
         layout=layout,
     )
+
+
+def peak_tokens_per_second(config: Config, network: Network, device_kind: str) -> float | None:
+    """What such a device would train at its peak; None where that is not known."""
+    peak = peaks.of_device(device_kind, config.training.precision)
+    if peak is None:
+        return None
+    return peak / flops.training(network, config.training.regularization).total
 
 
 def train_step(config: Config, joined: Parts) -> TrainStep:

@@ -18,7 +18,10 @@ from mainrun import containers, gpu
 from mainrun.errors import UserError
 from mainrun.host import Host, num_bytes
 
-TASKS = ("train", "resume", "sweep", "evaluate", "generate", "config")
+TASKS = (
+    "train", "resume", "sweep", "evaluate", "generate", "report", "config", "memory", "find-lr",
+    "profile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,17 @@ def request_here(task: str, words: Sequence[str], host: Host) -> Request:
         case "train" | "sweep":
             stem = next((Path(word).stem for word in words if "=" not in word), "quickstart")
             words, run = _with_run_dir(words, default=f"{label}-{stem.lstrip('-')}")
-        case "resume" | "evaluate" | "generate":
+        case "profile":
+            words = _with_output(words, f"runs/{label}-profile")
+        case "find-lr":
+            words = _with_output(words, f"runs/{label}-find-lr.png")
+        case "resume" | "evaluate" | "generate" | "report":
             run = Path(words[0]).name if words else ""
             if not run or not (host.runs_dir / run).is_dir():
                 raise UserError(f"{task}: {run or 'no run'} is not in {host.runs_dir}")
             words[0] = f"runs/{run}"
+            if task == "report" and len(words) > 1:  # else it stands in the run's folder
+                words = _with_output(words, f"runs/{label}-report.html")
     return Request(
         task=task,
         words=tuple(words),
@@ -170,6 +179,12 @@ def container_options(
 def _option_and_value(word: str) -> list[str]:
     """`--run-dir=DIR` as the two words that it is."""
     return word.split("=", 1) if word.startswith("--run-dir=") else [word]
+
+
+def _with_output(words: list[str], default: str) -> list[str]:
+    """The words with a place that a container may write to, where they name none."""
+    named = any(word.partition("=")[0] == "--output" for word in words)
+    return words if named else [*words, "--output", default]
 
 
 def _with_run_dir(words: list[str], *, default: str) -> tuple[list[str], str]:

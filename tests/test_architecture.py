@@ -39,7 +39,7 @@ LAYERS = [
     ["opening + live_run", "learning_rate"],
     ["run", "population"],
     ["sweep", "export"],
-    ["analysis", "sota"],
+    ["analysis", "sota", "profile"],
     ["cli"],
     ["__main__"],
 ]

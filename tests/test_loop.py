@@ -426,3 +426,17 @@ def test_seldom_records_average_the_time_between_them() -> None:
     total = sum(told[n]["perf/step_ms"] * k for n, k in ((4, 4), (8, 4), (10, 2)))
     assert total == pytest.approx(1e3 * progress.train_seconds)
     assert told[8]["perf/tokens_per_second"] == pytest.approx(64e3 / told[8]["perf/step_ms"])
+
+
+@pytest.mark.parametrize(("peak", "expected"), [(256.0, 0.5), (None, None)])
+def test_utilisation_is_told_where_the_peak_is_known(peak: float | None, expected: float | None):
+    """The trainee here takes 64 tokens in half a second."""
+    told: list[Mapping[str, float | str]] = []
+
+    class Told(Surroundings):
+        def log(self, event: str, step: int, fields: Mapping[str, float | str]) -> None:
+            told.append(fields)
+
+    fit(state(), Progress(), dataclasses.replace(PLAN, peak_tokens_per_second=peak), Told())
+    assert len(told) == PLAN.total_steps
+    assert {fields.get("perf/mfu") for fields in told} == {expected}

@@ -126,6 +126,23 @@ def test_a_run_folder_of_this_machine_is_the_same_in_the_container(machine: Host
         request_here("resume", ["runs/other"], machine)
 
 
+def test_what_writes_a_file_does_so_where_the_container_may(machine: Host, tmp_path: Path):
+    """Its root is read-only; `runs/` is not."""
+    for task, ending in (("profile", "-profile"), ("find-lr", "-find-lr.png")):
+        *words, option, place = request_here(task, ["config/base/gpt.yaml"], machine).words
+        assert (words, option) == (["config/base/gpt.yaml"], "--output")
+        assert place.startswith("runs/")
+        assert place.endswith(ending)
+        for named in (["--output", "runs/mine"], ["--output=runs/mine"]):
+            assert request_here(task, named, machine).words == tuple(named)
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert request_here("report", ["runs/a"], machine).words == ("runs/a",)
+    several = request_here("report", ["runs/a", "runs/b"], machine).words
+    assert several[:3] == ("runs/a", "runs/b", "--output")
+    assert several[3].endswith("-report.html")
+
+
 def test_unknown_task_is_answered_with_those_there_are(machine: Host):
     with pytest.raises(UserError, match="'tain' is no task of a container: there are train"):
         request_here("tain", [], machine)

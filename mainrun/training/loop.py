@@ -38,6 +38,7 @@ class Plan:
     divergence: config.Divergence = dataclasses.field(default_factory=config.Divergence)
     limit_at_min_scale: int = config.LossScale().limit_at_min
     scales_loss: bool = False
+    peak_tokens_per_second: float | None = None  # of the device at its peak; None: not known
 
     def evaluates(self, step: int) -> bool:
         regular = self.eval_every is not None and step % self.eval_every == 0
@@ -277,6 +278,9 @@ class _Pipeline:
             "perf/peak_memory_bytes": peak_memory_bytes(),
             "elapsed_seconds": self._train_seconds,
         }
+        if self._plan.peak_tokens_per_second is not None:  # Chowdhery et al. 2022, appendix B
+            mfu = told["perf/tokens_per_second"] / self._plan.peak_tokens_per_second
+            told["perf/mfu"] = mfu
         if objective != loss:
             told["train/objective"] = objective
         if metrics.balance_loss:

@@ -127,7 +127,7 @@ class Layout:
         return replace(settings, training=replace(training, batch_size=examples))
 
     def jit_options(self, arguments: Sequence[Any], results: Any) -> dict[str, Any]:
-        """What `jax.jit` must be told: where arguments and results lie, or the roots of their trees.
+        """What `jax.jit` must be told: where arguments and results lie (or a root of their trees).
 
         What has no place of its own lies everywhere.
         """
