@@ -80,6 +80,7 @@ class LiveRun:
             val_tokens=int(texts.validation.tokens.sum()),
             device=backend.describe_device(),
             precision=self._config.training.precision,
+            attention=str(self._parts.network.kernel),
             micro_batches=self._parts.micro_batches,
             compile_seconds=compilation.seconds,
             step_bytes=compilation.step_bytes,

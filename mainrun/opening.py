@@ -142,6 +142,8 @@ def opened(
                 tracker.log("warning", message=f"damaged checkpoint left out: {reason}")
             tracker.log("resumed", step, overrides=list(prepared.overrides), damaged=damaged)
             _write_environment(prepared, run_dir)
+        if joined.network.kernel.warning is not None:
+            tracker.log("warning", message=joined.network.kernel.warning)
         again = resume_command(run_dir, prepared.overrides or ())
         run = LiveRun(config, joined, tracker, saved, stopping, again, watch)
         state = restored.state if restored else initial(config, joined, base)

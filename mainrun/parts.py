@@ -4,6 +4,7 @@ All of it is a function of the config (and, for a run that exists, of its stored
 training, resuming and evaluating see the same data and the same network.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from mainrun.config import Config, Swa, Tiktoken, WeightAverage
 from mainrun.data import batches, sources, tokenizers
 from mainrun.data.batches import Batch, Windows
 from mainrun.errors import UserError
+from mainrun.model import kernels
 from mainrun.model.gpt import Network, Params
 from mainrun.training import backend, step
 from mainrun.training import optimizer as optimizers
@@ -102,13 +104,29 @@ def validation_text(config: Config, tokenizer: Tokenizer, documents: list[str]) 
     return Text.of(documents, [len(x) for x in ids], _windows(config, tokenizer, ids))
 
 
-def build_network(config: Config, tokenizer: Tokenizer) -> Network:
-    """The network for this tokenizer's vocabulary, which may be smaller than was asked for."""
+def build_network(
+    config: Config, vocab_size: int, windows: Sequence[Windows] | None = None
+) -> Network:
+    """The network for a tokenizer's vocabulary, which may be smaller than was asked for.
+
+    `windows` are all that it will read, where they are known: how many documents stand in one may
+    decide how attention is told of them. Raises UserError where its kernel cannot be had.
+    """
+    data, precision = config.data, config.training.precision
+    most = max(map(batches.most_documents, windows)) if windows and data.mask_documents else None
+    kernel = kernels.choose(
+        config.training.attention_kernel,
+        config.model,
+        precision,
+        kernels.Packing(data.context_length, data.mask_documents, most),
+        backend.attention_device(),
+    )
     return Network(
         config.model,
-        vocab_size=tokenizer.get_vocab_size(),
-        context_length=config.data.context_length,
-        precision=config.training.precision,
+        vocab_size=vocab_size,
+        context_length=data.context_length,
+        precision=precision,
+        kernel=kernel,
     )
 
 
@@ -126,7 +144,9 @@ def assemble(config: Config, texts: Texts) -> Parts:
     evals = training.evals_per_epoch
     return Parts(
         texts=texts,
-        network=build_network(config, texts.tokenizer),
+        network=build_network(
+            config, texts.tokenizer.get_vocab_size(), (texts.train, texts.validation.windows)
+        ),
         learning_rate=learning_rate,
         optimizer=optimizers.optimizer(config.optimizer, learning_rate, training.grad_clip),
         plan=Plan(

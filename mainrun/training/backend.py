@@ -11,6 +11,7 @@ import jax
 
 from mainrun.data import cache
 from mainrun.errors import UserError, one_line
+from mainrun.model.kernels import Device
 
 _CPU_TOKENS = 1024
 """Tokens of a micro-batch on a CPU: its temporaries stay near the cache, and a step of 8,192
@@ -43,6 +44,14 @@ def describe_device() -> str:
     """For example `cpu (AMD EPYC, 2 threads)` or `NVIDIA H200`."""
     device = jax.devices()[0]
     return device.device_kind if device.platform != "cpu" else f"cpu ({_cpu_model()})"
+
+
+def attention_device() -> Device:
+    """The device, as the choice of a kernel for attention asks of it."""
+    device = jax.devices()[0]
+    major, point, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    known = point and major.isdecimal() and minor.isdecimal()  # AMD's are names
+    return Device(device.platform, (int(major), int(minor)) if known else None)
 
 
 def micro_batches(batch_size: int, context_length: int, *, at_least: int) -> int:
