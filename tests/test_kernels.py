@@ -420,6 +420,18 @@ def test_wrong_gradients_of_right_values_are_found() -> None:
     assert "its dv is" in str(kernels.difference(case(), call))
 
 
+def test_a_wrong_kernel_for_evaluation_is_found() -> None:
+    @partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, asked: Asked) -> jax.Array:
+        return as_documented(q, k, v, asked) * 1.1
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, asked: Asked) -> Any:
+        return jax.vjp(partial(as_documented, asked=asked), q, k, v)
+
+    call.defvjp(forward, lambda asked, pull, dout: pull(dout))
+    assert "its output without gradients is" in str(kernels.difference(case(), call))
+
+
 def test_where_telling_documents_by_offsets_fails_the_mask_serves() -> None:
     kernel = chosen(
         texts=Packing(1024, True, 12),

@@ -117,6 +117,8 @@ def difference(case: Case, call: Call = by_cudnn, seed: int = 0) -> str | None:
     try:
         ours = _pulled(by_kernel, inputs, cotangent)
         rest = _pulled(by_kernel, inputs, _of_last(cotangent, segments))
+        # Without gradients, as in evaluation, JAX calls another kernel of cuDNN's.
+        alone = np.asarray(jax.jit(by_kernel)(*inputs), np.float32)
     except Exception as error:  # private parts of JAX, cuDNN and the driver raise as they please
         return f"{type(error).__name__}: {one_line(error)[:200]}"
 
@@ -126,7 +128,8 @@ def difference(case: Case, call: Call = by_cudnn, seed: int = 0) -> str | None:
     grid = masks.grid(mask, places, places, case.heads)
     wide = tuple(x.astype(jnp.float32) for x in inputs)
     theirs = _pulled(lambda *x: attend(x[0], x[1], x[2], grid), wide, cotangent.astype(jnp.float32))
-    for name, one, other in zip(("output", "dq", "dk", "dv"), ours, theirs, strict=True):
+    names = ("output", "dq", "dk", "dv", "output without gradients")
+    for name, one, other in zip(names, [*ours, alone], [*theirs, theirs[0]], strict=True):
         apart = float(np.abs(one - other).max() / np.abs(other).max())
         if not apart <= _TOLERANCE:  # nor a number
             return f"its {name} is {apart:.1%} of the largest number apart from the plain form's"
