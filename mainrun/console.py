@@ -202,6 +202,7 @@ def _run_started(fields: Mapping[str, Any]) -> str:
             ("val_documents", "{:,} validation documents"),
             ("device", "{}"),
             ("precision", "{}"),
+            ("attention", "attention {}"),
             ("compile_seconds", "compiled in {:.1f} s"),
         )
         if fields.get(name) is not None

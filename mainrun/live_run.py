@@ -100,6 +100,7 @@ class LiveRun:
             device=backend.describe_device(),
             mesh=str(self._parts.layout),
             precision=self._config.training.precision,
+            attention=str(self._parts.network.kernel),
             micro_batches=self._parts.micro_batches,
             compile_seconds=compilation.seconds,
             step_bytes=compilation.step_bytes,

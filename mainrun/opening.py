@@ -160,6 +160,8 @@ def opened(
                     tracker.log("warning", message=f"damaged checkpoint left out: {reason}")
                 tracker.log("resumed", step, overrides=list(prepared.overrides), damaged=damaged)
                 _write_environment(prepared, run_dir)
+            if joined.network.kernel.warning is not None:
+                tracker.log("warning", message=joined.network.kernel.warning)
         cluster.wait_for_all()
         if not cluster.is_first():
             saved = stack.enter_context(Checkpoints(checkpoints, read_only=True))

@@ -4,6 +4,7 @@ All of it is a function of the config (and, for a run that exists, of its stored
 training, resuming and evaluating see the same data and the same network.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from mainrun.config import Config, Swa, Tiktoken, WeightAverage
 from mainrun.data import batches, sources, tokenizers
 from mainrun.data.batches import Batch, Windows
 from mainrun.errors import UserError
+from mainrun.model import kernels
 from mainrun.model.gpt import Network, Params
 from mainrun.training import backend, flops, peaks, step
 from mainrun.training import optimizer as optimizers
@@ -105,19 +107,35 @@ def validation_text(config: Config, tokenizer: Tokenizer, documents: list[str]) 
     return Text.of(documents, [len(x) for x in ids], _windows(config, tokenizer, ids))
 
 
-def build_network(config: Config, tokenizer: Tokenizer) -> Network:
-    """The network for this tokenizer's vocabulary, which may be smaller than was asked for."""
+def build_network(
+    config: Config, vocab_size: int, windows: Sequence[Windows] | None = None
+) -> Network:
+    """The network for a tokenizer's vocabulary, which may be smaller than was asked for.
+
+    `windows` are all that it will read, where they are known: how many documents stand in one may
+    decide how attention is told of them. Raises UserError where its kernel cannot be had.
+    """
+    data, precision = config.data, config.training.precision
+    most = max(map(batches.most_documents, windows)) if windows and data.mask_documents else None
+    kernel = kernels.choose(
+        config.training.attention_kernel,
+        config.model,
+        precision,
+        kernels.Packing(data.context_length, data.mask_documents, most),
+        backend.attention_device(),
+    )
     return Network(
         config.model,
-        vocab_size=tokenizer.get_vocab_size(),
-        context_length=config.data.context_length,
-        precision=config.training.precision,
+        vocab_size=vocab_size,
+        context_length=data.context_length,
+        precision=precision,
+        kernel=kernel,
     )
 
 
 def assemble(config: Config, texts: Texts, layout: Layout = ONE) -> Parts:
     """Network, optimizer and plan for these texts, on these devices."""
-    training, network = config.training, build_network(config, texts.tokenizer)
+    training = config.training
     steps_per_epoch = batches.steps_per_epoch(texts.train, training.batch_size)
     total_steps = schedules.num_steps(training, steps_per_epoch)
     lengths = {
@@ -127,7 +145,8 @@ def assemble(config: Config, texts: Texts, layout: Layout = ONE) -> Parts:
     }
     learning_rate = schedules.schedule(config.schedule, config.optimizer.learning_rate, **lengths)
     evals = training.evals_per_epoch
-    network = build_network(config, texts.tokenizer)
+    windows = texts.train, texts.validation.windows
+    network = build_network(config, texts.tokenizer.get_vocab_size(), windows)
     return Parts(
         texts=texts,
         network=network,
@@ -144,7 +163,7 @@ def assemble(config: Config, texts: Texts, layout: Layout = ONE) -> Parts:
             limit_at_min_scale=training.loss_scale.limit_at_min,
             scales_loss=training.precision == "float16",
             peak_tokens_per_second=peak_tokens_per_second(
-                config, network, jax.devices()[0].device_kind
+                config, network, jax.local_devices()[0].device_kind, layout.devices
             ),
         ),
         samples=_samples(training.weight_average, lengths),
@@ -155,12 +174,14 @@ def assemble(config: Config, texts: Texts, layout: Layout = ONE) -> Parts:
     )
 
 
-def peak_tokens_per_second(config: Config, network: Network, device_kind: str) -> float | None:
-    """What such a device would train at its peak; None where that is not known."""
+def peak_tokens_per_second(
+    config: Config, network: Network, device_kind: str, devices: int = 1
+) -> float | None:
+    """What so many such devices would train at their peak; None where that is not known."""
     peak = peaks.of_device(device_kind, config.training.precision)
     if peak is None:
         return None
-    return peak / flops.training(network, config.training.regularization).total
+    return devices * peak / flops.training(network, config.training.regularization).total
 
 
 def train_step(config: Config, joined: Parts) -> TrainStep:

@@ -58,6 +58,7 @@ def dry_run(config: Config) -> str:
         ("steps", f"{plan.total_steps:,}, {joined.steps_per_epoch:,} an epoch, "
                   f"{plan.tokens_per_step:,} tokens each in {joined.micro_batches} micro-batches"),
         ("device", backend.describe_device()),
+        ("attention", str(joined.network.kernel)),
         ("memory of a step", f"{memory.gibibytes(compilation.step_bytes)} by the compiler's count"
                              + (f", {memory.gibibytes(limit)} available" if limit else "")),
         ("by part", memory.by_part(compilation.estimate)),

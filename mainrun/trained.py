@@ -48,7 +48,7 @@ class Trained:
         config = replace(
             self.config, model=plain, training=replace(self.config.training, init_from=None)
         )
-        network = parts.build_network(config, self.tokenizer)
+        network = parts.build_network(config, self.tokenizer.get_vocab_size())
         return Trained(
             config, self.tokenizer, network, lora.merged(self.params, adapters), self.step
         )
@@ -75,7 +75,7 @@ def load(
         )
     backend.prepare()
     tokenizer = tokenizers.load(run_dir / "tokenizer.json")
-    network = parts.build_network(config, tokenizer)
+    network = parts.build_network(config, tokenizer.get_vocab_size())
     like = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     frozen: Params = {}
     if config.model.lora is not None:
@@ -121,7 +121,7 @@ def load_base(config: Config) -> Base | None:
     check_same_architecture(config, folder.stored_config(run_dir))
     base = _base(run_dir, None)
     # Only to hear of adapters that fit nowhere before the corpus is read, which can take minutes.
-    parts.build_network(config, base.tokenizer)
+    parts.build_network(config, base.tokenizer.get_vocab_size())
     return base
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -363,7 +364,13 @@ def test_dry_run_reports_and_leaves_nothing(
 ) -> None:
     told = mainrun("train", *tiny, "--dry-run", cwd=tmp_path).stdout
     assert "memory of a step" in told
+    assert re.search(r"^attention +plain \((cpu|float32)\)$", told, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_records_how_attention_is_computed(finished_run: Path) -> None:
+    started = next(e for e in events(finished_run) if e["event"] == "run_started")
+    assert started["attention"] in ("plain (cpu)", "plain (float32)")
 
 
 def test_accumulation_changes_no_number_of_a_run(

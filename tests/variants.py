@@ -42,6 +42,7 @@ WINDOW = {"sparsek": (4, 6), "local": (8, 4), "causal": (None, 5)}
 SILENT = {
     "kind": "chosen by the class",
     "dropout": "off in evaluation; see test_dropout_is_on_in_training",
+    "attention_dropout": "off in evaluation; see test_kernels",
     "lora": "begins as no difference; see test_lora",
     "init": "another beginning; see test_initializers",
     "scale_residual_init": "another beginning; see test_initializers",

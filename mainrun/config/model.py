@@ -159,6 +159,7 @@ class Network:
     kind: Literal["gpt", "unet_gpt"]
     d_model: Count = 512
     dropout: Probability = 0.1
+    attention_dropout: Probability | None = None
     bias: bool = True
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: Positive = 1e-5
@@ -179,6 +180,11 @@ class Network:
     def widths(self) -> tuple[int, ...]:
         """Of the residual stream: before the first block, and after each."""
         raise NotImplementedError
+
+    @property
+    def attention_rate(self) -> float:
+        """The fraction of attention weights that is dropped."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @model_validator(mode="after")
     def _attention_fits_widths(self) -> "Network":

@@ -67,7 +67,8 @@ class Config:
 
     @model_validator(mode="after")
     def _two_passes_differ(self) -> "Config":
-        if self.training.regularization.r_drop and not self.model.dropout:
+        is_off = not self.model.dropout and not self.model.attention_rate
+        if self.training.regularization.r_drop and is_off:
             raise ValueError(
                 "training.regularization.r_drop compares two passes that dropout makes differ, and "
                 "model.dropout=0.0: set both, or neither"

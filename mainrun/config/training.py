@@ -88,6 +88,7 @@ class Training:
     remat: Literal["none", "blocks"] = "none"
     grad_clip: Positive | None = 1.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention_kernel: Literal["auto", "plain", "fused"] = "auto"
     loss_scale: LossScale = dataclasses.field(default_factory=LossScale)
     regularization: Regularization = dataclasses.field(default_factory=Regularization)
     weight_average: WeightAverage | None = None

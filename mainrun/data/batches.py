@@ -104,6 +104,11 @@ def steps_per_epoch(windows: Windows, batch_size: int) -> int:
     return steps
 
 
+def most_documents(windows: Windows) -> int:
+    """The most that one window holds."""
+    return 1 + int((windows.inputs[:, 1:] == windows.eos_id).sum(axis=1).max(initial=0))
+
+
 def batch(windows: Windows, index: int, *, batch_size: int, order: Order, seed: int) -> Batch:
     """Training batch `index` of the run, counted through all epochs: a pure function.
 

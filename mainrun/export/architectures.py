@@ -67,7 +67,7 @@ def _obstacles(name: Architecture, model: config.Network) -> list[str]:
 
 
 def _accepted(name: Architecture, model: config.Network) -> Accepted:
-    same = ("d_model", "num_layers", "dropout", "norm_eps", "tie_embeddings")
+    same = ("d_model", "num_layers", "dropout", "attention_dropout", "norm_eps", "tie_embeddings")
     hidden = ("mlp.hidden", "mlp.expansion")
     beginning = ("init", "scale_residual_init")
     every: Accepted = {

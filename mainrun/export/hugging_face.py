@@ -82,7 +82,8 @@ def _settings(name: Architecture, config: Config) -> dict[str, Any]:
             "n_inner": model.mlp.hidden_in(model.d_model),
             "activation_function": model.mlp.kind,  # its "gelu" is the exact one
             "layer_norm_epsilon": model.norm_eps,
-            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model.dropout),
+            **dict.fromkeys(("embd_pdrop", "resid_pdrop"), model.dropout),
+            "attn_pdrop": model.attention_rate,
             "tie_word_embeddings": model.tie_embeddings,
         }
     settings = {
@@ -95,7 +96,7 @@ def _settings(name: Architecture, config: Config) -> dict[str, Any]:
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rotary_base,  # where transformers 4 reads it, and 5 below
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
-        "attention_dropout": model.dropout,  # the class has no other
+        "attention_dropout": model.attention_rate,  # the class has no other
         "tie_word_embeddings": model.tie_embeddings,
     }
     return settings | _own_settings(name, model)

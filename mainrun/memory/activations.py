@@ -82,15 +82,16 @@ def dropout_index(settings: config.Network, batch: MicroBatch) -> int:
 
     Of the residual stream, and of the scores.
     """
-    if settings.dropout == 0:
-        return 0
     example, attention = batch._replace(sequences=1), settings.attention
+    stream = example.wide(settings.d_model) if settings.dropout else 0
     scores = 0
-    if _is_dense(attention, batch.time):
+    if settings.attention_rate == 0:
+        pass
+    elif _is_dense(attention, batch.time):
         scores = attention.num_heads * batch.time**2
     elif isinstance(attention, config.CausalAttention | config.SparseAttention):
         scores = sum(tile.scores for tile in _tiles(attention, settings.d_model, example))
-    return example.wide(settings.d_model) + scores * FLOAT32
+    return stream + scores * FLOAT32
 
 
 def block(

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 from jax.sharding import SingleDeviceSharding
 
+from mainrun import parts
 from mainrun.config import Config
 from mainrun.data.batches import Batch
 from mainrun.model import lora
-from mainrun.model.gpt import Network
 from mainrun.training import backend, optimizer, step
 from mainrun.training.step import TrainState
 
@@ -49,7 +49,7 @@ def step_bytes(
     `device` is one that need not be here (see `target`); None: this machine's.
     Without the schedule of the learning rate, which takes a few numbers and needs the corpus.
     """
-    network, made = _network(config, vocab_size), _optimizer(config)
+    network, made = parts.build_network(config, vocab_size), _optimizer(config)
     train_step = step.make_train_step(
         network,
         made,
@@ -76,7 +76,7 @@ def _placed(sharding: SingleDeviceSharding, array: jax.ShapeDtypeStruct) -> jax.
 
 def abstract_state(config: Config, vocab_size: int) -> TrainState:
     """The shapes of a run's state; under adapters its base is taken to fit."""
-    network, made = _network(config, vocab_size), _optimizer(config)
+    network, made = parts.build_network(config, vocab_size), _optimizer(config)
 
     def initial() -> TrainState:
         key = jax.random.key(0)
@@ -91,15 +91,6 @@ def abstract_batch(config: Config) -> Batch:
     shape = config.training.batch_size, config.data.context_length
     ids = jax.ShapeDtypeStruct(shape, np.int32)
     return Batch(ids, ids, ids, jax.ShapeDtypeStruct(shape, np.float32))  # type: ignore[arg-type]
-
-
-def _network(config: Config, vocab_size: int) -> Network:
-    return Network(
-        config.model,
-        vocab_size=vocab_size,
-        context_length=config.data.context_length,
-        precision=config.training.precision,
-    )
 
 
 def _optimizer(config: Config) -> optimizer.Optimizer:

@@ -9,12 +9,13 @@ from typing import NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mainrun import config
 from mainrun.model import cache as caches
-from mainrun.model import masks, sparse, sparsek
+from mainrun.model import fused, masks, sparse, sparsek
 from mainrun.model.cache import Cache, Span
+from mainrun.model.fused import PLAIN, Kernel
 from mainrun.model.initializers import Initializer
 from mainrun.model.layers import DropoutKeys, DropoutRate, Linear, RmsNorm, dropout
 from mainrun.model.positions import rotate
@@ -57,6 +58,36 @@ def attend(
     return jnp.einsum("bhqk,bhkd->bhqd", weights, v).reshape(batch, heads, queries, -1)
 
 
+def attend_text(
+    q: Float[Array, "batch heads time dim"],
+    k: Float[Array, "batch kv_heads time dim"],
+    v: Float[Array, "batch kv_heads time value_dim"],
+    attention: sparse.Tiled | config.LatentAttention,
+    segment_ids: Int[Array, "batch time"] | None,
+    dropout_keys: DropoutKeys | None,
+    dropout_rate: float | DropoutRate,
+    kernel: Kernel,
+    scale: float | None = None,
+) -> Float[Array, "batch heads time value_dim"]:
+    """`attend` over a whole text, by the fastest way that its kind, dropout and device have."""
+    time = q.shape[2]
+    newest = fused.newest_keys(attention, time)
+    drops = dropout_keys is not None and not (isinstance(dropout_rate, float) and dropout_rate == 0)
+    if kernel.call is not None and newest is not None and not drops:
+        return fused.attend(
+            q, k, v, call=kernel.call, newest=newest, segment_ids=segment_ids,
+            most_documents=kernel.most_documents, scale=scale,
+        )  # fmt: skip
+    if not isinstance(attention, config.LatentAttention) and sparse.saves(attention, time):
+        return sparse.attend(q, k, v, attention, segment_ids, dropout_keys, dropout_rate)
+    mask = masks.of_attention(attention)
+    if segment_ids is not None:
+        mask = mask & masks.same_document(segment_ids)
+    places = jnp.arange(time)
+    grid = masks.grid(mask, places, places, q.shape[1])
+    return attend(q, k, v, grid, dropout_keys, dropout_rate, scale)
+
+
 class MultiHeadAttention(nnx.Module):
     """Attention with fused query, key and value projections (columns q | k | v)."""
 
@@ -76,7 +107,8 @@ class MultiHeadAttention(nnx.Module):
         self.num_kv_heads = settings.num_kv_heads or settings.num_heads
         inner = settings.intermediate_dim or inputs
         self.head_dim = inner // self.num_heads
-        self.dropout = network.dropout
+        self.dropout, self.own_dropout = network.dropout, network.attention_dropout
+        self.kernel = PLAIN  # another when it is bound
         self.rotary_base = network.rotary_base if network.position == "rotary" else None
         init, bias = Initializer.of(network), network.bias
         wide = inner + 2 * self.num_kv_heads * self.head_dim
@@ -166,7 +198,8 @@ class MultiHeadAttention(nnx.Module):
         keys: DropoutKeys | None,
     ) -> Array:
         """Every position of the text at once."""
-        time, rate, segments = q.shape[2], self.dropout, span.segment_ids
+        rate = self.dropout if self.own_dropout is None else self.own_dropout
+        segments = span.segment_ids
         match self.settings:
             case config.SparseKAttention(num_selected=selected, window_including_self=window):
                 assert scores is not None
@@ -175,14 +208,7 @@ class MultiHeadAttention(nnx.Module):
                     segment_ids=segments, dropout_keys=keys, dropout_rate=rate,
                 )  # fmt: skip
             case config.CausalAttention() | config.SparseAttention():
-                if sparse.saves(self.settings, time):
-                    return sparse.attend(q, k, v, self.settings, segments, keys, rate)
-                mask = masks.of_attention(self.settings)
-                if segments is not None:
-                    mask = mask & masks.same_document(segments)
-                places = jnp.arange(time)
-                grid = masks.grid(mask, places, places, self.num_heads)
-                return attend(q, k, v, grid, keys, rate)
+                return attend_text(q, k, v, self.settings, segments, keys, rate, self.kernel)
             case _:
                 assert_never(self.settings)
 

@@ -6,6 +6,7 @@ Python a step, the dict next to nothing (SPEED 3.4), and names serve masks, file
 Radford et al. 2019; Vaswani et al. 2017 (arXiv:1706.03762).
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -20,6 +21,7 @@ from mainrun import config
 from mainrun.model import lora
 from mainrun.model.blocks import Block, Skip
 from mainrun.model.cache import Cache, Span
+from mainrun.model.fused import PLAIN, Kernel
 from mainrun.model.head import Unembedding
 from mainrun.model.initializers import Initializer
 from mainrun.model.layers import DropoutKeys, DropoutRate, Embedding, dropout, fold, norm
@@ -185,7 +187,13 @@ class Network:
     """The static half of a model: makes initial parameters, and binds parameters to a module."""
 
     def __init__(
-        self, settings: config.Network, *, vocab_size: int, context_length: int, precision: str
+        self,
+        settings: config.Network,
+        *,
+        vocab_size: int,
+        context_length: int,
+        precision: str,
+        kernel: Kernel = PLAIN,
     ) -> None:
         self._build = partial(
             Gpt,
@@ -197,6 +205,7 @@ class Network:
         self.settings = settings
         self.vocab_size = vocab_size
         self.context_length = context_length
+        self.kernel = kernel
         abstract = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(0)))
         self._graphdef, state = nnx.split(abstract)
         self._paths = {_dotted(path): path for path in nnx.to_flat_state(state).paths}
@@ -217,12 +226,19 @@ class Network:
         """
         leaves = [(path, nnx.Param(params[name])) for name, path in self._paths.items()]
         model = nnx.merge(self._graphdef, nnx.from_flat_state(leaves))
-        if dropout is not None:
-            for _, module in nnx.iter_modules(model):
-                if hasattr(module, "dropout"):
-                    module.dropout = nnx.data(dropout)
+        for _, module in nnx.iter_modules(model):
+            if dropout is not None and hasattr(module, "dropout"):
+                module.dropout = nnx.data(dropout)
+            if hasattr(module, "kernel") and isinstance(module.kernel, Kernel):
+                module.kernel = self.kernel
         model.remat = remat
         return model
+
+    def with_kernel(self, kernel: Kernel) -> "Network":
+        """The same, whose attention another kernel computes."""
+        other = copy.copy(self)
+        other.kernel = kernel
+        return other
 
 
 def num_parameters(params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> int:

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from mainrun import config
 from mainrun.model import cache as caches
 from mainrun.model import masks
-from mainrun.model.attention import Attended, attend, joined, output_gate
+from mainrun.model.attention import Attended, attend, attend_text, joined, output_gate
 from mainrun.model.cache import Cache, Span
+from mainrun.model.fused import PLAIN
 from mainrun.model.initializers import Initializer
 from mainrun.model.layers import DropoutKeys, Linear, RmsNorm
 from mainrun.model.positions import rotate
@@ -38,7 +39,9 @@ class LatentAttention(nnx.Module):
         self.num_heads = settings.num_heads
         self.head_dim = settings.head_dim or inputs // settings.num_heads
         self.rotary_dim, self.kv_rank = settings.rotary_dim, settings.kv_rank
-        self.rotary_base, self.dropout = network.rotary_base, network.dropout
+        self.settings, self.rotary_base = settings, network.rotary_base
+        self.dropout, self.own_dropout = network.dropout, network.attention_dropout
+        self.kernel = PLAIN  # another when it is bound
         init, bias, eps = Initializer.of(network), network.bias, network.norm_eps
         inner = self.num_heads * self.head_dim
         q_wide = inner + self.num_heads * self.rotary_dim
@@ -103,13 +106,11 @@ class LatentAttention(nnx.Module):
         columns = self.kv_up(latent, keys).reshape(batch, time, self.num_heads, -1)
         k, v = jnp.split(columns.transpose(0, 2, 1, 3), 2, axis=-1)
         shared = jnp.broadcast_to(k_rotary, (*k.shape[:3], self.rotary_dim))
-        mask = masks.causal
-        if span.segment_ids is not None:
-            mask = mask & masks.same_document(span.segment_ids)
-        places = jnp.arange(time)
-        return attend(
+        return attend_text(
             jnp.concatenate([q, q_rotary], axis=-1), jnp.concatenate([k, shared], axis=-1), v,
-            masks.grid(mask, places, places, self.num_heads), keys, self.dropout, self._scale,
+            self.settings, span.segment_ids, keys,
+            self.dropout if self.own_dropout is None else self.own_dropout,
+            self.kernel, self._scale,
         )  # fmt: skip
 
     def _absorbed(

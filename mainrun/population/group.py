@@ -18,6 +18,7 @@ from mainrun.compilation import Compilation
 from mainrun.config import Config, structure
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.live_run import LiveRun, Stopping, Watch
+from mainrun.model import kernels
 from mainrun.opening import Prepared, opened
 from mainrun.origin import Base
 from mainrun.parts import Parts
@@ -68,6 +69,7 @@ class Group:
 
     def __init__(self, first: Prepared, paths: frozenset[str], wanted: Choice) -> None:
         """Compiles the step. Raises UserError where it does not fit the device."""
+        first = replace(first, joined=_for_members(first, paths))
         self._first, self._paths = first, paths
         self._structure = structure(first.config, paths)
         config, joined = first.config, first.joined
@@ -214,6 +216,17 @@ def _check_fits(chosen: PopulationStep, limit: int | None, config: Config, vocab
             f"--population {chosen.places // 2} or fewer"
         )
     memory.check_fits(chosen.step_bytes, limit, config, vocab_size)
+
+
+def _for_members(first: Prepared, paths: frozenset[str]) -> Parts:
+    """Its parts, with the attention that members side by side can have."""
+    config, network = first.config, first.joined.network
+    kernel = kernels.for_members(
+        network.kernel,
+        masks_documents=config.data.mask_documents,
+        own_dropout="model.dropout" in paths and config.model.attention_dropout is None,
+    )
+    return replace(first.joined, network=network.with_kernel(kernel))
 
 
 def _room(steps: int) -> int:

@@ -74,8 +74,8 @@ class Measured:
     flops: flops.Flops  # of a token in training
     precision: str
     device: str
-    peak_flops: float | None  # a second, by the data sheet
-    measured_peak_flops: float  # a second
+    peak_flops: float | None  # a second, by the data sheet, of all devices
+    measured_peak_flops: float  # a second, of all devices
     peak_memory_bytes: int
     step_bytes: int  # by the compiler's count
     compile_seconds: float
@@ -123,6 +123,9 @@ def measure(config: Config, chosen: Chosen, trace_dir: Path | None, *, tell: Tel
         del trainee
         tell("measuring the device's peak")
         precision = config.training.precision
+        peak = peaks.of_device(jax.local_devices()[0].device_kind, precision)
+        # Those of a CPU are the same cores.
+        devices = 1 if jax.default_backend() == "cpu" else joined.layout.devices
         return Measured(
             splits=splits,
             seconds=seconds,
@@ -133,8 +136,8 @@ def measure(config: Config, chosen: Chosen, trace_dir: Path | None, *, tell: Tel
             flops=flops.training(joined.network, config.training.regularization),
             precision=precision,
             device=backend.describe_device(),
-            peak_flops=peaks.of_device(jax.devices()[0].device_kind, precision),
-            measured_peak_flops=peaks.measured(precision),
+            peak_flops=peak and devices * peak,
+            measured_peak_flops=devices * peaks.measured(precision),
             peak_memory_bytes=peak_memory_bytes,
             step_bytes=compiled.compilation.step_bytes,
             compile_seconds=compiled.compilation.seconds,

@@ -11,6 +11,7 @@ import jax
 
 from mainrun.data import cache
 from mainrun.errors import UserError, one_line
+from mainrun.model.kernels import Device
 from mainrun.training import cluster
 
 _CPU_TOKENS = 1024
@@ -46,6 +47,14 @@ def describe_device() -> str:
     """For example `cpu (AMD EPYC, 2 threads)` or `NVIDIA H200`."""
     device = jax.local_devices()[0]
     return device.device_kind if device.platform != "cpu" else f"cpu ({_cpu_model()})"
+
+
+def attention_device() -> Device:
+    """The device, as the choice of a kernel for attention asks of it."""
+    device = jax.local_devices()[0]
+    major, point, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    known = point and major.isdecimal() and minor.isdecimal()  # AMD's are names
+    return Device(device.platform, (int(major), int(minor)) if known else None)
 
 
 def micro_batches(

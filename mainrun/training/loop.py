@@ -38,7 +38,7 @@ class Plan:
     divergence: config.Divergence = dataclasses.field(default_factory=config.Divergence)
     limit_at_min_scale: int = config.LossScale().limit_at_min
     scales_loss: bool = False
-    peak_tokens_per_second: float | None = None  # of the device at its peak; None: not known
+    peak_tokens_per_second: float | None = None  # of all devices at their peak; None: not known
 
     def evaluates(self, step: int) -> bool:
         regular = self.eval_every is not None and step % self.eval_every == 0
