@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from mainrun import huge_pages
 from mainrun.errors import RunFailed, Stopped, UserError
 
 Number = TypeVar("Number", int, float)
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized argument: {word}")
     options.words = [*getattr(options, "words", []), *unknown]
     options.command_line = ["mainrun", *words]
+    if arguments is None and options.call in (_train, _resume, _sweep, _find_lr, _profile):
+        huge_pages.ask()
     try:
         call: Callable[[argparse.Namespace], int | None] = options.call
         return call(options) or 0

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "mainrun"
 # names joined by "+" are one concept in several files, which see each other as a package's do.
 LAYERS = [
     ["errors"],
-    ["yaml12", "complaints", "promoted", "environment", "gpu", "locks", "stop"],
+    ["yaml12", "complaints", "promoted", "environment", "gpu", "locks", "stop", "huge_pages"],
     ["config"],
     [
         "host",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mainrun import config
+from mainrun import config, huge_pages
 from tests.bench import pytorch
 
 Device = Literal["cpu", "gpu"]
@@ -28,7 +28,7 @@ _CLEARED = (
 
 # glibc keeps what is freed instead of giving it back to the kernel and faulting it in again:
 # no mmap for large blocks, no trimming, one arena (SPEED 3.2). Stock PyTorch pays for it, ours
-# asks for the same itself; this row tells how much of the difference that is.
+# takes large pages instead (`mainrun.huge_pages`); this row tells how much of the difference it is.
 _TUNED_MALLOC = (
     ("MALLOC_MMAP_MAX_", "0"),
     ("MALLOC_TRIM_THRESHOLD_", str(2**62)),
@@ -113,4 +113,7 @@ def environment(contestant: Contestant, cache: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
     }
-    return kept | caches | dict(contestant.variables)
+    own: dict[str, str] = {}
+    if contestant.side == "mainrun" and contestant.device == "cpu":
+        own = huge_pages.requested({})  # as the command does by itself
+    return kept | caches | own | dict(contestant.variables)
