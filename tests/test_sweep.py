@@ -446,6 +446,7 @@ def test_what_cannot_be_run_is_refused_before_a_folder_is_made(
     offline = refused(grid, ["tracking.wandb=offline"], backend="wandb")
     assert "tracking.wandb=offline: a sweep at Weights & Biases is online" in offline
     assert "cannot change" not in refused(grid, ["model.dropout=2"])
+    assert "mesh.fsdp=2: a sweep trains each" in refused(grid, ["mesh.fsdp=2"])
     endless = write(folder, {"seed": [1]}, method="random")
     assert "how many trials? say --count N" in refused(endless)
     assert "is no sweep folder" in refused(folder)

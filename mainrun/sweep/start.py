@@ -5,6 +5,7 @@ Here is only which sweep is meant and which engine works on it: the one here, wh
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -55,10 +56,18 @@ def run(
         if _engine(backend, space, run_dir) == "wandb":
             return wandb_sweep.start(source, space, count=count, run_dir=run_dir)
         if run_dir is None or not run_dir.exists():
+            _check_mesh(space)
             local_sweep.num_trials(space, count, None)  # before there is a folder
         sweep = open_folder(source, space, run_dir)
     local_sweep.work(sweep, count, population)
     return sweep.folder
+
+
+def _check_mesh(space: SearchSpace) -> None:
+    """Raises UserError for trials that ask for more than a device each."""
+    for axis, size in asdict(search_space.base_config(space).mesh).items():
+        if size > 1:
+            raise UserError(f"mesh.{axis}={size}: a sweep trains each trial on one device")
 
 
 def _engine(backend: Backend, space: SearchSpace, run_dir: Path | None) -> Backend:
