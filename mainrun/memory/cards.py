@@ -13,7 +13,6 @@ from mainrun.errors import UserError
 class Card(NamedTuple):
     title: str
     memory_bytes: int
-    peak_flops: float  # a second, bfloat16 with sums in float32, dense
     compute_capability: tuple[int, int]
     cores: int  # streaming multiprocessors
     clock_ghz: float
@@ -22,21 +21,13 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "a100-40gb": Card(
-        "NVIDIA A100-SXM4-40GB", 42_331_013_120, 312e12, (8, 0), 108, 1.41, 1555e9, 40 << 20
-    ),
-    "a100-80gb": Card(
-        "NVIDIA A100-SXM4-80GB", 85_100_068_864, 312e12, (8, 0), 108, 1.41, 2039e9, 40 << 20
-    ),
-    "a6000": Card("NVIDIA RTX A6000", 51_041_271_808, 155e12, (8, 6), 84, 1.8, 768e9, 6 << 20),
-    "b200": Card("NVIDIA B200", 191_514_411_008, 2250e12, (10, 0), 148, 1.965, 7672e9, 126 << 20),
-    "h100": Card(
-        "NVIDIA H100 80GB HBM3", 84_942_979_072, 989e12, (9, 0), 132, 1.98, 3352e9, 50 << 20
-    ),
-    "h100-pcie": Card(
-        "NVIDIA H100 PCIe", 84_942_979_072, 756e12, (9, 0), 114, 1.755, 2039e9, 50 << 20
-    ),
-    "h200": Card("NVIDIA H200", 151_397_597_184, 989e12, (9, 0), 132, 1.98, 4800e9, 50 << 20),
+    "a100-40gb": Card("NVIDIA A100-SXM4-40GB", 42_331_013_120, (8, 0), 108, 1.41, 1555e9, 40 << 20),
+    "a100-80gb": Card("NVIDIA A100-SXM4-80GB", 85_100_068_864, (8, 0), 108, 1.41, 2039e9, 40 << 20),
+    "a6000": Card("NVIDIA RTX A6000", 51_041_271_808, (8, 6), 84, 1.8, 768e9, 6 << 20),
+    "b200": Card("NVIDIA B200", 191_514_411_008, (10, 0), 148, 1.965, 7672e9, 126 << 20),
+    "h100": Card("NVIDIA H100 80GB HBM3", 84_942_979_072, (9, 0), 132, 1.98, 3352e9, 50 << 20),
+    "h100-pcie": Card("NVIDIA H100 PCIe", 84_942_979_072, (9, 0), 114, 1.755, 2039e9, 50 << 20),
+    "h200": Card("NVIDIA H200", 151_397_597_184, (9, 0), 132, 1.98, 4800e9, 50 << 20),
 }
 
 _KIBIBYTES = {8: 164, 9: 228, 10: 228}  # of shared memory a multiprocessor, by generation

@@ -38,9 +38,7 @@ def of_card(card: Card) -> Target:
     """
     jax.config.update("jax_platforms", "cpu")
     limit = int(Host().gpu_memory_fraction * card.memory_bytes)
-    title = (
-        f"{card.title}, {card.memory_bytes / 2**30:.1f} GiB, {card.peak_flops / 1e12:.0f} TFLOP/s"
-    )
+    title = f"{card.title}, {card.memory_bytes / 2**30:.1f} GiB"
     try:
         found = topologies.get_topology_desc(
             platform="cuda", target_config=description(card), topology="1x1x1"

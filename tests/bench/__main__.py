@@ -17,9 +17,10 @@ from typing import Any
 import jax
 
 from mainrun import config, parts
+from mainrun.training import flops
 from tests.bench import contestants, given, page, pytorch, race, ratios, report
 from tests.bench.contestants import Contestant
-from tests.bench.sizes import SIZES, bytes_per_step, flops_per_step
+from tests.bench.sizes import SIZES, bytes_per_step
 
 TITLES = Path("../shared/data/hn_titles.txt")  # from the repository's root, where this is run
 
@@ -128,9 +129,15 @@ def _compare(
         starts=race.starts(commands, folder, count=options.starts, say=_say),
         facts=facts,
         peaks=_peaks(field[0], folder),
-        flops_per_step=flops_per_step(run, settings["model"]["vocab_size"]),
+        flops_per_step=_flops_per_step(run, settings["model"]["vocab_size"]),
         bytes_per_step=bytes_per_step(state_bytes, parameters),
     )
+
+
+def _flops_per_step(run: config.Config, vocab_size: int) -> float:
+    network = parts.build_network(run, vocab_size)
+    tokens = run.training.batch_size * run.data.context_length
+    return tokens * flops.training(network, run.training.regularization).total
 
 
 def _peaks(contestant: Contestant, folder: Path) -> dict[str, Any]:

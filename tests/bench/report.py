@@ -148,7 +148,7 @@ def _floors(comparison: Mapping[str, Any], name: str, seconds: float) -> list[st
     floor = max(flops / peak, comparison["bytes_per_step"] / peaks["bytes_per_second"])
     return [
         f"{flops / seconds / peak:.0%}",
-        f"{flops / seconds / sheet['flops_per_second']:.0%}" if sheet else "—",
+        f"{flops / seconds / sheet:.0%}" if sheet else "—",
         f"{seconds / floor:.2f}",
     ]
 

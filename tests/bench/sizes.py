@@ -1,6 +1,5 @@
 """What is timed: sizes of the model, each with the devices it is for."""
 
-from mainrun import config
 from tests.bench.contestants import Device
 
 SIZES: dict[str, tuple[tuple[Device, ...], tuple[str, ...]]] = {
@@ -58,17 +57,6 @@ SIZES: dict[str, tuple[tuple[Device, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-
-
-def flops_per_step(run: config.Config, vocab_size: int) -> float:
-    """Multiplications and additions that a step of this plain GPT cannot do without.
-
-    6 for each weight of a matrix product and token, 6·layers·context·width for the causal half of
-    attention: Chowdhery et al. 2022 (arXiv:2204.02311), appendix B, halved for the mask.
-    """
-    d, layers, time = run.model.d_model, run.model.num_layers, run.data.context_length
-    weights = layers * (4 * d * d + 2 * d * run.model.mlp.hidden_in(d)) + vocab_size * d
-    return run.training.batch_size * time * (6.0 * weights + 6.0 * layers * time * d)
 
 
 def bytes_per_step(state_bytes: int, parameters: int) -> float:
