@@ -88,7 +88,7 @@ def compare(name: str, layout: Layout) -> dict[str, float]:
 def main(sizes: str, *names: str) -> None:
     data, fsdp, model = map(int, sizes.split(","))
     layout = mesh.layout(config.Mesh(data, fsdp, model), BATCH // 2, jax.devices())
-    for name in names or (*variants.networks(), *OPTIMIZERS):
+    for name in names:
         print(json.dumps({"name": name, **compare(name, layout)}), flush=True)
 
 
