@@ -61,6 +61,7 @@ def test_two_processes_train_what_one_does_and_the_first_alone_tells(
     assert len(texts[0]) == len(texts[1])
 
 
+@pytest.mark.slow
 def test_one_is_killed_the_other_says_so_and_both_go_on(
     tmp_path: Path, tiny: list[str], mainrun: Mainrun
 ) -> None:
@@ -83,6 +84,7 @@ def test_one_is_killed_the_other_says_so_and_both_go_on(
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stop_signal_to_any_of_them_stops_all_at_one_step(
     tmp_path: Path, tiny: list[str]
 ) -> None:

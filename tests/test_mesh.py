@@ -95,6 +95,7 @@ def test_a_run_on_a_mesh_has_the_curve_of_one_device_and_goes_on_there(
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_run_of_one_device_goes_on_on_eight(
     tmp_path: Path, tiny: list[str], mainrun: Mainrun
 ) -> None:

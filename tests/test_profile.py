@@ -209,6 +209,7 @@ def test_command_times_and_traces_real_steps(mainrun: Mainrun, tiny: list[str], 
     assert any("fusion" in name for name in names)  # what XLA ran is there too
 
 
+@pytest.mark.slow
 def test_command_compares_settings_and_goes_on_after_one_that_cannot_be(
     mainrun: Mainrun, tiny: list[str], tmp_path: Path
 ):
