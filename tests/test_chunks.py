@@ -63,7 +63,7 @@ def test_a_frozen_table_has_no_gradient_computed() -> None:
 
 
 def test_all_logits_are_never_there_at_once() -> None:
-    """Of 8 stretches, the step holds few at a time (JAX 0.10 three): they are most of its memory."""
+    """Of 8 stretches, the step holds few (JAX 0.10 three): they are most of its memory."""
 
     def found(x: jax.Array, table: jax.Array, number: int) -> jax.Array:
         return chunks.summed(cost, number, x, table, jnp.ones((4, 64)), jnp.float32(1))[0]
