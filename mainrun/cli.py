@@ -10,10 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mainrun import huge_pages
 from mainrun.errors import RunFailed, Stopped, UserError
+
+if TYPE_CHECKING:
+    from mainrun.config import Config
 
 Number = TypeVar("Number", int, float)
 
@@ -54,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> None:
     from mainrun import config
 
-    path, overrides = _config_and_overrides(options.words)
-    path = path or config.default_config_root() / "base" / "quickstart.yaml"
-    settings = config.load(path, overrides)
+    path, _, settings = _settings(options.words)
     if translated := config.notes(path):
         _tell_all(translated)
         _tell(f"{path} is in the report's layout; its new form: mainrun config {path} > new.yaml")
@@ -303,9 +304,7 @@ def _config(options: argparse.Namespace) -> None:
 def _memory(options: argparse.Namespace) -> None:
     from mainrun import config
 
-    path, overrides = _config_and_overrides(options.words)
-    path = path or config.default_config_root() / "base" / "quickstart.yaml"
-    settings = config.load(path, overrides)
+    path, _, settings = _settings(options.words)
     _tell_all(config.notes(path))
     from mainrun import memory
 
@@ -318,9 +317,7 @@ def _memory(options: argparse.Namespace) -> None:
 def _profile(options: argparse.Namespace) -> None:
     from mainrun import config
 
-    path, overrides = _config_and_overrides(options.words)
-    path = path or config.default_config_root() / "base" / "quickstart.yaml"
-    settings = config.load(path, overrides)
+    path, overrides, settings = _settings(options.words)
     _tell_all(config.notes(path))
     from mainrun import profile
 
@@ -356,9 +353,7 @@ def _profile_options(options: argparse.Namespace) -> list[str]:
 def _find_lr(options: argparse.Namespace) -> None:
     from mainrun import config
 
-    path, overrides = _config_and_overrides(options.words)
-    path = path or config.default_config_root() / "base" / "quickstart.yaml"
-    settings = config.load(path, overrides)
+    path, _, settings = _settings(options.words)
     _tell_all(config.notes(path))
     from mainrun import learning_rate
 
@@ -370,6 +365,15 @@ def _find_lr(options: argparse.Namespace) -> None:
         tell=_tell,
     )
     print(json.dumps(learning_rate.as_dict(found)) if options.json else " ".join(found.overrides))
+
+
+def _settings(words: Sequence[str]) -> "tuple[Path, list[str], Config]":
+    """The config file, the quickstart's where none is named, the overrides, and what they make."""
+    from mainrun import config
+
+    path, overrides = _config_and_overrides(words)
+    path = path or config.default_config_root() / "base" / "quickstart.yaml"
+    return path, overrides, config.load(path, overrides)
 
 
 def _config_and_overrides(words: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -62,7 +62,8 @@ def initial_shapes(config: Config, joined: Parts, base: Base | None) -> TrainSta
 
 def initial_state(config: Config, joined: Parts, base: Base | None) -> TrainState:
     """The state before the first step. It takes the base's arrays over: one copy is enough."""
-    shapes, layout = initial_shapes(config, joined, base), joined.layout
+    layout = joined.layout
+    shapes = None if layout.is_one else initial_shapes(config, joined, base)
     given = {n: layout.put(array) for n, array in base.params.items()} if base else None
     options = layout.jit_options([given], shapes)
     return jax.jit(_make_state(config, joined), donate_argnums=0, **options)(given)

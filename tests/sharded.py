@@ -1,7 +1,7 @@
 """A train step and an evaluation on a mesh against the same on one device, in a process of its own.
 
-`python -m tests.sharded NAME ...` with eight virtual devices prints, for each variant, a line of
-JSON: the largest differences, and what share of the state one device holds.
+`python -m tests.sharded 2,2,2 NAME ...` with eight virtual devices prints, for each variant, a line
+of JSON: the largest differences, and what share of the state one device holds.
 """
 
 import dataclasses

@@ -63,7 +63,7 @@ def test_a_frozen_table_has_no_gradient_computed() -> None:
 
 
 def test_all_logits_are_never_there_at_once() -> None:
-    """Of 8 stretches, the step holds few (JAX 0.10 three): they are most of its memory."""
+    """Of 8 stretches, the step holds an eighth of the logits: they are most of its memory."""
 
     def found(x: jax.Array, table: jax.Array, number: int) -> jax.Array:
         return chunks.summed(cost, number, x, table, jnp.ones((4, 64)), jnp.float32(1))[0]
@@ -78,7 +78,8 @@ def test_all_logits_are_never_there_at_once() -> None:
 
     logits = 4 * 64 * 4000 * 4
     assert temporaries(1) > logits
-    assert temporaries(8) < logits / 2
+    # JAX 0.10 holds three of the eight.
+    assert temporaries(8) < logits / (3 if jax.__version_info__ >= (0, 11) else 2)
 
 
 def test_what_is_summed_is_traced_once_and_may_use_what_is_around_it() -> None:

@@ -24,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mainrun.errors import RunFailed, one_line
 from mainrun.model.gpt import Params
+from mainrun.training.mesh import placed
 from mainrun.training.step import TrainState
 
 absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax tells at length what it also raises
@@ -253,7 +254,7 @@ def _on_host(array: jax.Array) -> np.ndarray:
 def _placed(array: np.ndarray, like: Any) -> jax.Array:
     """On the devices on which `like` lies."""
     if isinstance(sharding := getattr(like, "sharding", None), jax.sharding.NamedSharding):
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+        return placed(array, sharding)
     return jnp.asarray(array)
 
 

@@ -30,15 +30,17 @@ _EXAMPLES = (DATA, FSDP)
 
 # The dimensions of a parameter by its name, first match; what none matches is small, and whole.
 _EMBED, _VOCAB, _HIDDEN, _EXPERTS = "embed", "vocab", "hidden", "experts"
+_WIDENING = r".*\.(qkv|q_up|kv_up|gate|up)"  # linear layers into heads or hidden units,
+_NARROWING = r".*\.(out|down)"  # and those out of them
 _DIMENSIONS: list[tuple[str, tuple[str | None, ...]]] = [
     (r"position_embedding\.embedding", (None, _EMBED)),
     (r"(token_embedding|head)\.embedding", (_VOCAB, _EMBED)),
     (r".*\.(kv_down|q_down|router|importance|around)\.kernel", (_EMBED, None)),
-    (r".*\.(qkv|q_up|kv_up|gate|up)\.kernel", (_EMBED, _HIDDEN)),
-    (r".*\.(qkv|q_up|kv_up|gate|up)\.bias", (_HIDDEN,)),
-    (r".*\.(out|down)\.kernel", (_HIDDEN, _EMBED)),
-    (r".*\.(out|down)\.adapter\.down", (_HIDDEN, None)),
-    (r".*\.(out|down)\.adapter\.up", (None, _EMBED)),
+    (_WIDENING + r"\.kernel", (_EMBED, _HIDDEN)),
+    (_WIDENING + r"\.bias", (_HIDDEN,)),
+    (_NARROWING + r"\.kernel", (_HIDDEN, _EMBED)),
+    (_NARROWING + r"\.adapter\.down", (_HIDDEN, None)),
+    (_NARROWING + r"\.adapter\.up", (None, _EMBED)),
     (r".*\.adapter\.down", (_EMBED, None)),
     (r".*\.adapter\.up", (None, _HIDDEN)),
     (r".*\.mlp\.up", (_EXPERTS, _EMBED, _HIDDEN)),
@@ -142,8 +144,7 @@ class Layout:
         """The array, whole, on every device; each process has it."""
         if self.is_one:
             return jnp.asarray(array)
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, self.replicated, lambda part: array[part])
+        return placed(np.asarray(array), self.replicated)
 
     # Inside the compiled step:
 
@@ -192,6 +193,11 @@ class Layout:
 
 
 ONE = Layout(1, 1, 1, ())
+
+
+def placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The array on the devices of its place; each process has it whole, and keeps its part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def layout(

@@ -74,7 +74,7 @@ def measure(steps: int, every: int, folder: Path, overrides: Sequence[str] = ())
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """A row for each stretch of steps, and the last in terms of the second."""
+    """A row for each stretch of steps."""
     rows = [
         [f"{s['last_step']:,}", f"{s['resident_bytes'] / 2**20:,.1f} MiB", f"{s['step_ms']:.2f} ms"]
         for s in record["stretches"]
