@@ -51,10 +51,6 @@ print(json.dumps({
 
 STEPS = 200
 
-SCRATCH = 48 * 2**20
-"""What a step takes besides the compiler's count. Between 9 MiB and, in bfloat16, 44 MiB were seen,
-for steps of 100 to 291 MiB; where it comes from is not known."""
-
 SMALL = [
     "model.d_model=64", "model.num_layers=2", "model.attention.num_heads=4",
     f"training.max_steps={STEPS}", "data.num_documents=8000", "tracking.wandb=disabled",
@@ -69,7 +65,8 @@ CASES = {
     ],
     "documents": [
         "base.yaml", "data.packing=documents", "data.mask_documents=true",
-        "tokenizer.vocab_size=2000", "data.context_length=512", "training.batch_size=2",
+        "tokenizer.vocab_size=4000", "data.context_length=256", "training.batch_size=8",
+        "model.d_model=192", "model.num_layers=3",
     ],
 }  # fmt: skip
 
@@ -90,6 +87,6 @@ def test_a_step_takes_what_the_compiler_counts_and_never_more(case: str, hn_titl
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(case, {key: round(value / 2**20) for key, value in found.items()})
-    assert 0.9 * found["counted"] < found["late"] < 1.1 * found["counted"] + SCRATCH
+    assert 0.9 * found["counted"] < found["late"] < 1.1 * found["counted"]
     # No growth: a hole that is never used again would be as large as the temporaries.
-    assert found["late"] < found["early"] + SCRATCH / 2
+    assert found["late"] < found["early"] + 0.1 * found["counted"]

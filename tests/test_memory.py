@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from mainrun import config as configs
@@ -17,6 +18,9 @@ from mainrun.record import read_events
 from tests.conftest import REPOSITORY, Mainrun
 
 TOLERANCE = 0.2  # the issue's; the worst of these is off by a tenth
+
+COMPUTES_AGAIN = jax.__version_info__ >= (0, 11)
+NOT_AGAIN = "XLA:CPU of JAX 0.10 keeps what it was asked to compute again"
 
 SMALL = ["model.d_model=96", "model.num_layers=2", "model.attention.num_heads=4"]
 ONE = [*SMALL, "model.num_layers=1"]
@@ -78,7 +82,7 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
     ),
     "latent": (
         200,
-        "attention_weights",
+        "packed_operands",
         ["model.d_model=96", "model.num_layers=1", "model.position=rotary",
          "data.context_length=256", "training.batch_size=2",
          "model.attention={kind: latent, num_heads: 4, rotary_dim: 8, kv_rank: 32}"],
@@ -140,6 +144,8 @@ def reckoned(config: Config, vocab_size: int) -> Estimate:
 @pytest.mark.parametrize("case", CASES)
 def test_the_estimate_is_within_a_fifth_of_the_compiled_step(case: str):
     vocab_size, largest, overrides = CASES[case]
+    if "training.remat=blocks" in overrides and not COMPUTES_AGAIN:
+        pytest.skip(NOT_AGAIN)
     config = settings(*overrides)
     found = reckoned(config, vocab_size)
     counted = compiled.step_bytes(config, vocab_size, num_micro_batches(config))
@@ -234,6 +240,7 @@ def test_every_block_is_told_with_its_own_width():
     )
 
 
+@pytest.mark.skipif(not COMPUTES_AGAIN, reason=NOT_AGAIN)
 def test_of_blocks_that_are_computed_again_one_is_in_memory():
     words = [*SMALL, "model.num_layers=6", "data.context_length=256", "training.batch_size=4"]
     plain = settings(*words)

@@ -71,7 +71,7 @@ def test_where_one_sequence_at_a_time_does_not_fit_it_is_refused_with_what_would
     limited(monkeypatch, int(needed(12) / 0.95) - 1)
     with pytest.raises(UserError) as refused:
         memory.settled(settings("auto"), VOCAB)
-    assert str(refused.value).startswith("a training step needs 0.00 GiB, the device has 0.00 GiB")
+    assert str(refused.value).startswith("a training step needs 0.01 GiB, the device has 0.01 GiB")
 
 
 @pytest.mark.parametrize("count", [1, 4])

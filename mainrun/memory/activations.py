@@ -8,12 +8,14 @@ attention, which XLA:CPU does in float32; `narrow` ones have the precision's own
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 
 from mainrun import config
+from mainrun.memory.scratch import Product
 from mainrun.model import sparse
 from mainrun.model.moe import Room
 from mainrun.training.chunks import count
@@ -121,6 +123,27 @@ def block(
             return parts | {"mlp": _mlp(kind, settings.mlp.hidden_in(outputs), batch)}
         case _:
             assert_never(settings.mlp)
+
+
+def products(
+    settings: config.Network, vocab_size: int, batch: MicroBatch, at_head: MicroBatch
+) -> Iterator[Product]:
+    """The largest matrix products of the forward pass."""
+    tokens, last = batch.tokens, settings.widths[-1]
+    yield Product(1, at_head.tokens, last, vocab_size)
+    width = max(settings.widths)
+    match settings.mlp:
+        case config.MixtureOfExperts(num_experts=experts, top_k=top_k):
+            share = Room.for_tokens(tokens, top_k, experts).share
+            yield Product(experts, share, width, settings.mlp.hidden_in(width))
+        case config.DenseMlp():
+            yield Product(1, tokens, width, settings.mlp.hidden_in(width))
+        case _:
+            assert_never(settings.mlp)
+    attention = settings.attention
+    if _is_dense(attention, batch.time):
+        head_dim = _inner(attention, width) // attention.num_heads
+        yield Product(batch.sequences * attention.num_heads, batch.time, head_dim, batch.time)
 
 
 def remembered(outputs: int, batch: MicroBatch) -> Parts:

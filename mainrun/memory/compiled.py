@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from mainrun import parts
 from mainrun.config import Config
 from mainrun.data.batches import Batch
+from mainrun.memory import scratch
 from mainrun.model import lora
 from mainrun.training import backend, optimizer, step
 from mainrun.training.step import TrainState
@@ -20,15 +21,19 @@ SPARE = 0.95  # of the device's memory: the runtime needs some besides the step
 def executable_bytes(executable: jax.stages.Compiled) -> int:
     """By the compiler's count: arguments, results that do not reuse them, and temporaries.
 
-    Its own `peak_memory_in_bytes` leaves the temporaries out on a CPU (SPEED section 5).
+    Its own `peak_memory_in_bytes` leaves the temporaries out on a CPU (SPEED section 5), and what
+    products pack there is in none of its figures (`scratch`).
     """
     found = executable.memory_analysis()
     assert found is not None
+    device = next(iter(jax.tree.leaves(executable.input_shardings)[0].device_set))
+    packed = scratch.packed_bytes(executable.as_text() or "") if device.platform == "cpu" else 0
     return int(
         found.argument_size_in_bytes
         + found.output_size_in_bytes
         - found.alias_size_in_bytes
         + found.temp_size_in_bytes
+        + packed
     )
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mainrun.config import Config, ScheduleFreeAdamW
-from mainrun.memory import activations
+from mainrun.memory import activations, scratch
 from mainrun.memory.activations import FLOAT32, MicroBatch, Parts
 from mainrun.memory.compiled import abstract_batch, abstract_state
 from mainrun.training import backend
@@ -67,13 +67,13 @@ def estimate(
     `state` gives the shapes, where they are at hand; `platform` is another than this machine's.
     """
     state = state or abstract_state(config, vocab_size)
-    head_tokens = backend.head_tokens(vocab_size, platform)
-    moments = _moments(config, vocab_size, micro_batches, state, head_tokens)
+    platform = platform or jax.default_backend()
+    moments = _moments(config, vocab_size, micro_batches, state, platform)
     return max(moments, key=lambda moment: moment.total_bytes)
 
 
 def _moments(
-    config: Config, vocab_size: int, micro_batches: int, state: TrainState, head_tokens: int
+    config: Config, vocab_size: int, micro_batches: int, state: TrainState, platform: str
 ) -> Iterator[Estimate]:
     model, is_cut = config.model, micro_batches > 1
     passes = 2 if config.training.regularization.r_drop else 1  # at once, side by side
@@ -96,7 +96,8 @@ def _moments(
         "embedding": activations.embedding(model, batch),
         "dropout_index": activations.dropout_index(model, batch),
     }
-    at_head = activations.at_head(batch, head_tokens)
+    at_head = activations.at_head(batch, backend.head_tokens(vocab_size, platform))
+    products = activations.products(model, vocab_size, batch, at_head)
     last = {
         "final_norm": activations.final_norm(model, batch),
         "logits": activations.logits(model, vocab_size, at_head),
@@ -113,6 +114,7 @@ def _moments(
             "gradient_accumulator": trained if is_cut else 0,
             "gradient_point": trained if isinstance(config.optimizer, ScheduleFreeAdamW) else 0,
             "rounded_weights": _rounded_weights(config, state, is_cut=is_cut),
+            "packed_operands": scratch.packed_for(products) if platform == "cpu" else 0,
         }
     )
     gradients = _bytes_of(state.params, "token_embedding" if model.tie_embeddings else "head")

@@ -27,6 +27,7 @@ _TITLES = {
     "gradients": "gradients",
     "gradient_accumulator": "gradient accumulator",
     "rounded_weights": "weights rounded to 16 bits",
+    "packed_operands": "operands laid out for products",
     "embedding": "embedding",
     "dropout_index": "dropout's index",
     "block_outputs": "blocks' outputs",
