@@ -1,6 +1,7 @@
 """A step that does not fit is refused before it starts, with the settings that would fit."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -80,6 +81,15 @@ def test_where_nothing_helps_the_model_is_to_be_smaller() -> None:
 def test_what_fits_and_what_nobody_knows_are_let_go() -> None:
     memory.check_fits(90, 100, settings(), VOCAB)
     memory.check_fits(2**60, None, settings(), VOCAB)
+
+
+def test_on_a_mesh_no_remedy_leaves_devices_without_their_share() -> None:
+    on_mesh = replace(settings(), mesh=configs.Mesh(data=4))
+    room = needed(settings()) // 2
+    remedies = [remedy.setting for remedy in advice.remedies(on_mesh, VOCAB, room)]
+    assert "training.grad_accumulation=3" in remedies, "12 examples, 4 at a time"
+    alone = advice.remedies(on_mesh, VOCAB, needed(settings("training.grad_accumulation=12")))
+    assert not any("grad_accumulation" in r.setting or "batch_size" in r.setting for r in alone)
 
 
 def test_remedies_are_told_by_how_far_the_estimate_was_off() -> None:

@@ -109,7 +109,7 @@ def test_cuda_target_tells_the_nvidia_runtime_what_it_needs():
 def planted(folder: Path) -> set[str]:
     """A checkout with everything in it that must not get into an image; what may."""
     wanted = {
-        "LICENSE", "pyproject.toml", "taskfile.yml", "config/base/a.yaml", "mainrun/cli.py",
+        "LICENSE", "pyproject.toml", "taskfile.yml", "config/base/a.yaml", "mainrun/cli/calls.py",
         "mainrun/data/sources.py", "docker/entrypoint.py", "requirements/cpu.txt",
         "requirements/cuda12.txt", "requirements/install.py",
     }  # fmt: skip

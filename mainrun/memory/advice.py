@@ -88,14 +88,21 @@ def remedies(
 
     def least(way: Iterator[dict[str, Any]]) -> Iterator[Remedy]:
         for values in way:
-            size = needed(replace(config, training=replace(config.training, **values)))
-            if size <= room_bytes:
+            candidate = replace(config, training=replace(config.training, **values))
+            if _can_be_shared(candidate) and (size := needed(candidate)) <= room_bytes:
                 words = " ".join(f"training.{name}={value}" for name, value in values.items())
                 yield Remedy(words, size)
                 return
 
     alone, together = _ways(config, parts.num_micro_batches(config, platform=platform))
     return [r for way in alone for r in least(way)] or list(least(together))
+
+
+def _can_be_shared(config: Config) -> bool:
+    """Whether the mesh's devices get as many examples each, where their numbers are given."""
+    count = config.training.grad_accumulation
+    examples = config.training.batch_size // (1 if count == "auto" else count)
+    return examples % (max(1, config.mesh.data) * max(1, config.mesh.fsdp)) == 0
 
 
 def _ways(

@@ -14,11 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mainrun import child, memory, stop, yaml12
 from mainrun import config as configs
-from mainrun import memory, stop, yaml12
 from mainrun.errors import RunFailed, UserError
 from mainrun.profile import output
-from mainrun.sweep import child
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from mainrun import child
+from mainrun.child import say
 from mainrun.errors import RunFailed, Stopped, UserError
 from mainrun.folder import is_finished
 from mainrun.stop import StopSignal, listening
-from mainrun.sweep import child, search_space, sweep_folder, sweep_summary
-from mainrun.sweep.child import say
+from mainrun.sweep import search_space, sweep_folder, sweep_summary
 from mainrun.sweep.search_space import SearchSpace
 from mainrun.sweep.study import Outcome, Study, Trial
 from mainrun.sweep.sweep_folder import Sweep

@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from mainrun import config
+from mainrun import child, config
+from mainrun.child import MAINRUN, say
 from mainrun.errors import RunFailed, Stopped, UserError, one_line
 from mainrun.record import read_events
 from mainrun.stop import StopSignal, listening
-from mainrun.sweep import child, search_space, sweep_file
-from mainrun.sweep.child import MAINRUN, say
+from mainrun.sweep import search_space, sweep_file
 from mainrun.sweep.search_space import SearchSpace
 from mainrun.sweep.study import FAILURES_IN_A_ROW, UNFINISHED, Outcome, Trial
 from mainrun.sweep.sweep_folder import (

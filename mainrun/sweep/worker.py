@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mainrun import config, folder
+from mainrun.child import say
 from mainrun.config import Config
 from mainrun.errors import RunFailed, Stopped, UserError, is_out_of_memory, one_line
 from mainrun.opening import Prepared, prepare, prepare_to_resume, read_texts
@@ -25,7 +26,6 @@ from mainrun.parts import Texts
 from mainrun.population import Choice, Group, Running
 from mainrun.stop import StopSignal, listening
 from mainrun.sweep import search_space, sweep_folder, sweep_summary
-from mainrun.sweep.child import say
 from mainrun.sweep.study import Outcome, Study, Trial
 from mainrun.sweep.sweep_folder import Sweep, load
 from mainrun.training.mesh import ONE

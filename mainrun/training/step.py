@@ -132,26 +132,12 @@ def make_train_step(
     may be arrays, where `config.CARRIED` names them: that is how a population has them.
     """
 
-    mlp = network.settings.mlp
-    coefficient = mlp.balance_coefficient if isinstance(mlp, config.MixtureOfExperts) else 0.0
+    coefficient = _balance_coefficient(network)
     scales_loss = training.precision == "float16"
-
-    def summed_loss(
-        params: Params, frozen: Params, batch: Batch, keys: Array, factor: Array | float
-    ) -> tuple[Array, loss.Costs]:
-        """What is minimised, times tokens and `factor`; and its parts, times tokens."""
-        total, costs = loss.training_loss(
-            network.bind(
-                layout.to_compute(frozen | params), dropout, remat=training.remat == "blocks"
-            ),
-            batch,
-            training.regularization,
-            mask_documents=mask_documents,
-            dropout_keys=keys,
-            head_tokens=head_tokens,
-            factor=factor,
-        )
-        return total + coefficient * factor * costs.balance, costs
+    summed_loss = _summed_loss(
+        network, training, dropout, layout, mask_documents=mask_documents, head_tokens=head_tokens
+    )
+    value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = _example_keys(state.key, state.step, len(batch.inputs))
@@ -161,7 +147,6 @@ def make_train_step(
         scale = state.loss_scale.scale
         factor, divisor = (scale / tokens, scale) if scales_loss else (1.0, tokens)
         point = optimizer.gradient_point(state.params, state.opt_state)
-        value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
         def sums(part: Batch, part_keys: Array) -> _Sums:
             (_, costs), gradient = value_and_grad(point, state.frozen, part, part_keys, factor)
@@ -183,7 +168,8 @@ def make_train_step(
         )
 
         def updated(state: TrainState) -> TrainState:
-            return _updated(state, gradient)._replace(noise=noise_now)
+            after = _updated(state, gradient, optimizer, training, samples)
+            return after._replace(noise=noise_now)
 
         kept = _where(outcome == divergence.APPLIED, updated, state)
         after = kept._replace(
@@ -207,20 +193,61 @@ def make_train_step(
             noise_tokens=noise.scale_tokens(after.noise),
         )
 
-    def _updated(state: TrainState, gradient: Params) -> TrainState:
-        """The state with the optimizer's update taken, whatever the gradient is worth."""
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return state._replace(
-            updates=state.updates + 1,
-            params=params,
-            opt_state=opt_state,
-            average=averaging.averaged(
-                training.weight_average, state.average, params, state.updates + 1, samples
-            ),
-        )
-
     return train_step
+
+
+def _balance_coefficient(network: Network) -> float:
+    mlp = network.settings.mlp
+    return mlp.balance_coefficient if isinstance(mlp, config.MixtureOfExperts) else 0.0
+
+
+def _summed_loss(
+    network: Network,
+    training: config.Training,
+    dropout: DropoutRate | None,
+    layout: Layout,
+    *,
+    mask_documents: bool,
+    head_tokens: int,
+) -> Callable[..., tuple[Array, loss.Costs]]:
+    coefficient, remat = _balance_coefficient(network), training.remat == "blocks"
+
+    def summed_loss(
+        params: Params, frozen: Params, batch: Batch, keys: Array, factor: Array | float
+    ) -> tuple[Array, loss.Costs]:
+        """What is minimised, times tokens and `factor`; and its parts, times tokens."""
+        total, costs = loss.training_loss(
+            network.bind(layout.to_compute(frozen | params), dropout, remat=remat),
+            batch,
+            training.regularization,
+            mask_documents=mask_documents,
+            dropout_keys=keys,
+            head_tokens=head_tokens,
+            factor=factor,
+        )
+        return total + coefficient * factor * costs.balance, costs
+
+    return summed_loss
+
+
+def _updated(
+    state: TrainState,
+    gradient: Params,
+    optimizer: Optimizer,
+    training: config.Training,
+    samples: averaging.Samples,
+) -> TrainState:
+    """The state with the optimizer's update taken, whatever the gradient is worth."""
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(
+        updates=state.updates + 1,
+        params=params,
+        opt_state=opt_state,
+        average=averaging.averaged(
+            training.weight_average, state.average, params, state.updates + 1, samples
+        ),
+    )
 
 
 _Update = Callable[[TrainState], TrainState]
