@@ -1,6 +1,7 @@
 """What holds for every model that the settings can name: see `variants` for how they are found."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -20,12 +21,23 @@ from tests import variants
 from tests.variants import CONTEXT, VOCAB, WIDTH, network, params, tokens
 
 MODELS = variants.networks()
-every_model = pytest.mark.parametrize(
-    "settings",
-    [  # every kind at once; their options, which are three times as many, with the slow tests
-        pytest.param(settings, id=name, marks=[pytest.mark.slow] * ("=" in name))
-        for name, settings in MODELS.items()
-    ],
+
+
+def with_models(is_slow: Callable[[str], bool]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "settings",
+        [
+            pytest.param(settings, id=name, marks=[pytest.mark.slow] * is_slow(name))
+            for name, settings in MODELS.items()
+        ],
+    )
+
+
+# Every kind at once; their options, which are three times as many, with the slow tests.
+every_model = with_models(lambda name: "=" in name)
+# Where compiling is long, of the U-Net's kinds only the first.
+every_model_slowly = with_models(
+    lambda name: "=" in name or (name.startswith("unet_gpt") and name != "unet_gpt")
 )
 SEGMENTS = jnp.array([[0] * 7 + [1] * 17, [0] * 13 + [1] * 11])
 
@@ -146,7 +158,7 @@ def _summed(settings: config.Network) -> Any:
     return jax.jit(jax.value_and_grad(loss))
 
 
-@every_model
+@every_model_slowly
 def test_blocks_computed_again_change_neither_loss_nor_gradient(settings: config.Network) -> None:
     """Masks of dropout among them: these are functions of keys, so they come out the same."""
     settings = dataclasses.replace(settings, dropout=0.3)
@@ -291,7 +303,7 @@ def _open(keys: list[int], scores: list[float], count: int) -> set[int]:
     return {key for key, s in zip(keys[:count], scores, strict=False) if s - high > 1e-6}
 
 
-@every_model
+@every_model_slowly
 def test_greedy_text_is_the_likeliest_token_each_time(settings: config.Network) -> None:
     prompts = tokens(time=4)
     text = generate(

@@ -228,6 +228,7 @@ def test_trials_that_fall_behind_are_pruned_where_the_file_says_so(folder: Path,
 # Side by side
 
 
+@pytest.mark.slow
 def test_trials_side_by_side_end_as_they_would_alone(folder: Path):
     """Five in three places: a place that is left is taken by the next."""
     parameters = {
