@@ -1,16 +1,17 @@
 """Fused attention on eight cards that are not here: compiled for them, nothing is run."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import optax
 import pytest
-from jax.experimental import topologies
 
 from mainrun import config as configs
 from mainrun import parts
-from mainrun.memory import cards, compiled
+from mainrun.memory import cards, compiled, target
 from mainrun.model.fused import Kernel, by_cudnn
 from mainrun.training import backend, mesh, optimizer, step
 
@@ -18,14 +19,11 @@ BATCH, HEADS, TIME, DIM, VOCAB = 16, 4, 256, 64, 5000
 RATE = optax.constant_schedule(0.1)
 
 
-def eight() -> list[jax.Device]:
-    jax.config.update("jax_platforms", "cpu")  # only so is there a plug-in without a driver
-    card = cards.description(cards.CARDS["h200"])
-    try:
-        found = topologies.get_topology_desc(platform="cuda", target_config=card, topology="1x1x8")
-    except NotImplementedError:
+def eight() -> Sequence[Any]:
+    found = target.devices(cards.CARDS["h200"], 8)
+    if found is None:
         pytest.skip("needs the CUDA wheels (the extra cuda12), no GPU")
-    return found.devices
+    return found
 
 
 @pytest.mark.slow

@@ -36,9 +36,7 @@ def with_models(is_slow: Callable[[str], bool]) -> pytest.MarkDecorator:
 # Every kind at once; their options, which are three times as many, with the slow tests.
 every_model = with_models(lambda name: "=" in name)
 # Where compiling is long, of the U-Net's kinds only the first.
-every_model_slowly = with_models(
-    lambda name: "=" in name or (name.startswith("unet_gpt") and name != "unet_gpt")
-)
+every_model_slowly = with_models(lambda name: "=" in name or name.startswith("unet_gpt-"))
 SEGMENTS = jnp.array([[0] * 7 + [1] * 17, [0] * 13 + [1] * 11])
 
 

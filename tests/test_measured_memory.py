@@ -51,6 +51,11 @@ print(json.dumps({
 
 STEPS = 200
 
+MIB = 2**20
+GROWTH = 24 * MIB
+HEAP = 16 * MIB
+"""What the process's own heap may come to: it counts where a step is no larger than the process."""
+
 SMALL = [
     "model.d_model=64", "model.num_layers=2", "model.attention.num_heads=4",
     f"training.max_steps={STEPS}", "data.num_documents=8000", "tracking.wandb=disabled",
@@ -62,6 +67,10 @@ CASES = {
         "base.yaml", "training.precision=bfloat16", "tokenizer.vocab_size=4000",
         "data.context_length=512", "training.batch_size=2", "model.d_model=128",
         "model.num_layers=4", "model.attention.num_heads=8",
+    ],
+    "small documents": [
+        "base.yaml", "data.packing=documents", "data.mask_documents=true",
+        "tokenizer.vocab_size=2000", "data.context_length=512", "training.batch_size=2",
     ],
     "documents": [
         "base.yaml", "data.packing=documents", "data.mask_documents=true",
@@ -87,6 +96,7 @@ def test_a_step_takes_what_the_compiler_counts_and_never_more(case: str, hn_titl
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(case, {key: round(value / 2**20) for key, value in found.items()})
-    assert 0.9 * found["counted"] < found["late"] < 1.1 * found["counted"]
+    heap = HEAP if found["counted"] < 128 * MIB else 0
+    assert 0.9 * found["counted"] < found["late"] < 1.1 * found["counted"] + heap
     # No growth: a hole that is never used again would be as large as the temporaries.
-    assert found["late"] < found["early"] + 0.1 * found["counted"]
+    assert found["late"] < found["early"] + GROWTH

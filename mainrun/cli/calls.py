@@ -89,14 +89,14 @@ def export(options: argparse.Namespace) -> None:
 def sweep(options: argparse.Namespace) -> None:
     from mainrun.sweep import start, sweep_file
 
-    files = [word for word in options.words if "=" not in word]
+    files, overrides = _split(options.words)
     if len(files) != 1:
         raise UserError("sweep takes one file, a search space such as config/sweep/quickstart.yaml")
     if Path(files[0]).is_file():
         _tell_all(sweep_file.read(Path(files[0])).notes)
     folder = start.run(
         Path(files[0]),
-        [word for word in options.words if "=" in word],
+        overrides,
         count=options.count,
         backend=options.backend,
         sweep_id=options.id,
@@ -126,14 +126,15 @@ def promote(options: argparse.Namespace) -> None:
     from mainrun import config
     from mainrun.sota import promotion
 
-    *folders, name = [word for word in options.words if "=" not in word] or [""]
+    named, overrides = _split(options.words)
+    *folders, name = named or [""]
     if not folders:
         raise UserError("promote takes run folders and, last, a name: mainrun promote runs/X NAME")
     path = promotion.promote(
         [Path(folder) for folder in folders],
         name,
         config.default_config_root(),
-        [word for word in options.words if "=" in word],
+        overrides,
         _tell,
     )
     print("\n".join(promotion.summary(path)))
@@ -341,10 +342,15 @@ def _settings(words: Sequence[str]) -> "tuple[Path, list[str], Config]":
 
 def _config_and_overrides(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """At most one word is a file; all with a `=` are overrides."""
-    files = [word for word in words if "=" not in word]
+    files, overrides = _split(words)
     if len(files) > 1:
         raise UserError(f"one config file at a time, not {' and '.join(files)}")
-    return (Path(files[0]) if files else None), [word for word in words if "=" in word]
+    return (Path(files[0]) if files else None), overrides
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without a `=`, and those with one."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
 def _overrides(words: Sequence[str]) -> list[str]:

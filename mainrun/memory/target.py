@@ -4,6 +4,7 @@ JAX compiles for a description of a card where the CUDA wheels are installed, wi
 driver; nothing is run. JAX's own tests do the same (tests/aot_test.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,18 +32,26 @@ def here() -> Target:
 
 
 def of_card(card: Card) -> Target:
-    """The card, with as much of its memory as a job is given (`gpu_memory_fraction`).
+    """The card, with as much of its memory as a job is given (`gpu_memory_fraction`)."""
+    limit = int(Host().gpu_memory_fraction * card.memory_bytes)
+    title = f"{card.title}, {card.memory_bytes / 2**30:.1f} GiB"
+    found = devices(card, 1)
+    if found is None:
+        return Target(title, "gpu", limit, None, can_compile=False)
+    return Target(title, "gpu", limit, found[0])
+
+
+def devices(card: Card, count: int) -> Sequence[Any] | None:
+    """So many of the card in one machine, to compile for; None where there is no plug-in.
 
     This process computes on its CPU from now on: only so does JAX start the cards' plug-in where
     there is no driver, and a card that is here is left to others.
     """
     jax.config.update("jax_platforms", "cpu")
-    limit = int(Host().gpu_memory_fraction * card.memory_bytes)
-    title = f"{card.title}, {card.memory_bytes / 2**30:.1f} GiB"
     try:
         found = topologies.get_topology_desc(
-            platform="cuda", target_config=description(card), topology="1x1x1"
+            platform="cuda", target_config=description(card), topology=f"1x1x{count}"
         )
-    except NotImplementedError:  # no plug-in of that platform
-        return Target(title, "gpu", limit, None, can_compile=False)
-    return Target(title, "gpu", limit, found.devices[0])
+    except NotImplementedError:
+        return None
+    return found.devices

@@ -131,11 +131,17 @@ def make_train_step(
     `layout` says on which devices. `dropout` stands for the network's rate. Numbers in the settings
     may be arrays, where `config.CARRIED` names them: that is how a population has them.
     """
-
-    coefficient = _balance_coefficient(network)
+    mlp = network.settings.mlp
+    coefficient = mlp.balance_coefficient if isinstance(mlp, config.MixtureOfExperts) else 0.0
     scales_loss = training.precision == "float16"
     summed_loss = _summed_loss(
-        network, training, dropout, layout, mask_documents=mask_documents, head_tokens=head_tokens
+        network,
+        training,
+        dropout,
+        layout,
+        coefficient,
+        mask_documents=mask_documents,
+        head_tokens=head_tokens,
     )
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
@@ -196,21 +202,17 @@ def make_train_step(
     return train_step
 
 
-def _balance_coefficient(network: Network) -> float:
-    mlp = network.settings.mlp
-    return mlp.balance_coefficient if isinstance(mlp, config.MixtureOfExperts) else 0.0
-
-
 def _summed_loss(
     network: Network,
     training: config.Training,
     dropout: DropoutRate | None,
     layout: Layout,
+    coefficient: float,
     *,
     mask_documents: bool,
     head_tokens: int,
 ) -> Callable[..., tuple[Array, loss.Costs]]:
-    coefficient, remat = _balance_coefficient(network), training.remat == "blocks"
+    remat = training.remat == "blocks"
 
     def summed_loss(
         params: Params, frozen: Params, batch: Batch, keys: Array, factor: Array | float
