@@ -7,8 +7,8 @@ traceback.
 
 
 def one_line(error: BaseException) -> str:
-    """What the error says, without line breaks, for a message of ours that quotes it."""
-    return " ".join(str(error).split())
+    """What the error says, without line breaks, for a message of ours; its type if it is mute."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,13 +10,13 @@ import numpy as np
 from mainrun.compilation import Compilation
 from mainrun.config import Config
 from mainrun.data import tokenizers
-from mainrun.errors import RunFailed, Stopped, one_line
+from mainrun.errors import RunFailed, Stopped
 from mainrun.model.generate import generate
 from mainrun.model.gpt import Params, num_parameters
 from mainrun.parts import Parts
 from mainrun.tracking import Tracker
 from mainrun.training import backend, cluster, evaluate
-from mainrun.training.checkpoint import Checkpoints, Progress
+from mainrun.training.checkpoint import Checkpoints, Damaged, Progress
 from mainrun.training.loop import Course, course
 from mainrun.training.step import TrainState
 from mainrun.training.trainee import Trainee
@@ -157,9 +157,9 @@ class LiveRun:
         cluster.wait_for_all()
         try:
             return self._saved.restore(number, like)[0]
-        except Exception as error:  # damage has many shapes
+        except Damaged as error:
             raise RunFailed(
-                f"the checkpoint of step {number}, to go back to, is damaged: {one_line(error)}"
+                f"the checkpoint of step {number}, to go back to, is damaged: {error}"
             ) from error
 
     def log(self, event: str, number: int, fields: Mapping[str, float | str]) -> None:

@@ -155,9 +155,10 @@ def opened(
             saved = Checkpoints(checkpoints, keep=config.training.checkpoint.keep)
             stack.enter_context(saved)
             if prepared.overrides is not None:
-                saved.discard_after(restored.step if restored else -1)
+                if damaged and restored:
+                    saved.set_aside_after(restored.step)
                 for reason in damaged:
-                    tracker.log("warning", message=f"damaged checkpoint left out: {reason}")
+                    tracker.log("warning", message=f"damaged checkpoint set aside: {reason}")
                 tracker.log("resumed", step, overrides=list(prepared.overrides), damaged=damaged)
                 _write_environment(prepared, run_dir)
             if joined.network.kernel.warning is not None:

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer
 from mainrun import folder, parts
 from mainrun.config import Config
 from mainrun.data import tokenizers
-from mainrun.errors import UserError, one_line
+from mainrun.errors import UserError
 from mainrun.model import lora
 from mainrun.model.generate import generate
 from mainrun.model.gpt import Gpt, Network, Params
 from mainrun.origin import Base, check_same_architecture, fingerprint
 from mainrun.record import metrics, read_events
 from mainrun.training import backend, evaluate
-from mainrun.training.checkpoint import Checkpoints
+from mainrun.training.checkpoint import Checkpoints, Damaged
 
 Which = Literal["best", "newest"]
 
@@ -88,19 +88,21 @@ def load(
         kept = saved.steps()
         if not kept:
             raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")
-        remedy = "remove it to use another"
+        present = ", ".join(map(str, kept))
         if step is None:
             loss = "val_average/loss" if average else "val/loss"
             step = _best(run_dir, kept, loss) if checkpoint == "best" else kept[-1]
-        else:
-            remedy = f"nothing else will do, and there are {', '.join(map(str, kept))}"
-            if step not in kept:
-                raise UserError(f"{run_dir} no longer has its checkpoint of step {step}: {remedy}")
+        elif step not in kept:
+            raise UserError(
+                f"{run_dir} no longer has its checkpoint of step {step}: nothing else will do, and "
+                f"there are {present}"
+            )
         try:
             params = saved.restore_params(step, like, average=average)
-        except Exception as error:  # damage has many shapes
+        except Damaged as error:
             raise UserError(
-                f"{run_dir}/checkpoints/{step} is damaged ({one_line(error)}): {remedy}"
+                f"{run_dir}/checkpoints/{step} is damaged ({error}): put it back from a copy; "
+                f"there are {present}"
             ) from error
     return Trained(config, tokenizer, network, frozen | params, step)
 

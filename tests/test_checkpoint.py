@@ -1,15 +1,18 @@
 """Saved and restored bit for bit; damage is noticed; the newest and the best stay."""
 
+import errno
+import re
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from mainrun.errors import RunFailed
-from mainrun.training.checkpoint import Checkpoints, Progress
+from mainrun.errors import RunFailed, one_line
+from mainrun.training.checkpoint import Checkpoints, Damaged, Progress
 from mainrun.training.divergence import Guard
 from mainrun.training.noise import Noise
 from mainrun.training.precision import LossScale
@@ -113,10 +116,16 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(
         assert restored.step == 1
         assert_same(restored.state, state(1))
         assert len(damaged) == 1
-        assert damaged[0].startswith("step 2:")
-        saved.discard_after(1)
+        assert damaged[0].startswith("step 2: ")
+        saved.set_aside_after(1)
         assert saved.steps() == [1]
         saved.save(2, state(2), Progress())  # its place is free again
+        saved.set_aside_after(1)
+    # Nothing was deleted, and who opens the folder next sees neither.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.damaged", "2.damaged-2"]
+    with Checkpoints(tmp_path, keep=2) as saved:
+        assert saved.steps() == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.damaged", "2.damaged-2"]
 
 
 def test_a_single_flipped_bit_in_a_large_array_is_noticed(tmp_path: Path) -> None:
@@ -129,10 +138,62 @@ def test_a_single_flipped_bit_in_a_large_array_is_noticed(tmp_path: Path) -> Non
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    with Checkpoints(tmp_path, read_only=True) as reader:
-        restored, damaged = reader.restore_newest(jax.eval_shape(lambda: large))
-    assert restored is None
-    assert damaged == ["step 1: params|a.kernel does not match its checksum"]
+    with (
+        Checkpoints(tmp_path, read_only=True) as reader,
+        pytest.raises(Damaged, match=re.escape("params|a.kernel does not match its checksum")),
+    ):
+        reader.restore(1, jax.eval_shape(lambda: large))
+
+
+def test_where_all_are_damaged_nothing_is_set_aside(tmp_path: Path) -> None:
+    save(tmp_path, range(1, 3))
+    for step in (1, 2):
+        next((tmp_path / str(step)).rglob("d/*")).unlink()
+    with (
+        Checkpoints(tmp_path, keep=2) as saved,
+        pytest.raises(RunFailed, match=r"no checkpoint in .* is whole \(step 2: .*; step 1: "),
+    ):
+        saved.restore_newest(ABSTRACT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+UNREADABLE = [
+    MemoryError(),
+    OSError(errno.ESTALE, "Stale file handle"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.EMFILE, "Too many open files"),
+    ValueError("INTERNAL: of any other kind"),
+]
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: bool
+) -> None:
+    save(tmp_path, range(1, 3))
+    if not sealed:
+        for path in tmp_path.glob("*/seal.json"):
+            path.unlink()
+    for error in UNREADABLE:
+        with Checkpoints(tmp_path, keep=2) as saved, monkeypatch.context() as patched:
+
+            def fail(*_: object, raised: Exception = error, **__: object) -> None:
+                raise raised
+
+            patched.setattr(ocp.CheckpointManager, "restore", fail)
+            with pytest.raises(RunFailed, match=re.escape(f"2 cannot be read: {one_line(error)}")):
+                saved.restore_newest(ABSTRACT)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_state_of_another_shape_is_not_damaged(tmp_path: Path) -> None:
+    save(tmp_path, range(1, 3))
+    other = ABSTRACT._replace(params={"b.kernel": jax.ShapeDtypeStruct((7,), jnp.float32)})
+    with (
+        Checkpoints(tmp_path, keep=2) as saved,
+        pytest.raises(RunFailed, match=f"{tmp_path}/2 cannot be read"),
+    ):
+        saved.restore_newest(other)
 
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def arrays(run_dir: Path) -> dict[str, np.ndarray]:
     """Of the newest checkpoint: all that there is, read with Orbax itself."""
     import orbax.checkpoint as ocp
 
-    newest = max((run_dir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    newest = max((run_dir / "checkpoints").glob("*[0-9]"), key=lambda p: int(p.name))
     parts = [path for path in newest.iterdir() if path.is_dir() and path.name != "record"]
     assert {"params", "rest"} <= {path.name for path in parts}
     found: dict[str, np.ndarray] = {}
@@ -302,7 +302,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     content[len(content) // 2] ^= 0xFF
     largest.write_bytes(bytes(content))
     told = mainrun("resume", run_dir).stderr
-    assert "damaged checkpoint left out: step 40" in told
+    assert "damaged checkpoint set aside: step 40" in told
     resumed = next(e for e in events(run_dir) if e["event"] == "resumed")
     assert resumed["step"] == steps[-2]
     assert_same_end(run_dir, finished_run)

@@ -1,13 +1,21 @@
 """Checkpoints: Orbax folders that are complete or absent, the newest few and the best.
 
 A save returns once the state is copied; writing goes on in the background. Each holds the whole
-`TrainState` and the loop's `Progress`, with a checksum for every array, so that a damaged one is
-noticed and the one before is used: of 12 single flipped bits in a 4 MB array, Orbax itself noticed
-none (0.12.8).
+`TrainState` and the loop's `Progress`, with a checksum for every array: of 12 single flipped bits
+in a 4 MB array, Orbax itself noticed none (0.12.8). When it is written it is sealed: a list of its
+files with size and checksum.
+
+A checkpoint that cannot be read need not be damaged: memory may be short, the disk away, the
+config edited. So damage is only what its own files prove, one that is missing or not as it was
+written; then the checkpoint is set aside under another name and the one before is used. Nothing
+is ever deleted because it could not be read.
 """
 
 import contextlib
 import dataclasses
+import itertools
+import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +42,10 @@ _METADATA_BYTES = 2**20  # that a checkpoint may take besides its arrays
 
 _SHOWN_CHARACTERS = 200  # of what Orbax says, which can be pages
 
+_SEAL = "seal.json"  # in a checkpoint's folder: bytes and CRC-32 of each file of its items
+
+_PIECE_BYTES = 2**20  # of a file that is read for its checksum
+
 _SEPARATOR = "|"  # parameter names have dots, and a slash would make folders
 
 
@@ -56,6 +68,10 @@ class Restored:
     progress: Progress
 
 
+class Damaged(Exception):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a run. Use in a `with`: leaving waits for the last save.
 
@@ -73,10 +89,14 @@ class Checkpoints:
             create=False,
             read_only=read_only,
             multiprocessing_options=_by_itself(),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        if not read_only:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        try:
+            if not read_only:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        except OSError as error:
+            raise RunFailed(f"{folder} cannot be opened: {error.strerror}") from error
         self._held = set(self.steps())
 
     def __enter__(self) -> "Checkpoints":
@@ -148,24 +168,40 @@ class Checkpoints:
                 f"the checkpoint of step {self._writing} could not be written: {reason}"
             ) from error
 
+    def _seal(self) -> None:
+        """Called by Orbax, in its thread: all is written, and the folder has not its name yet."""
+        folder = next(self._folder.glob(f"{self._writing}.*-tmp*"))
+        # Not what lies beside the items: Orbax has still to write when it has committed.
+        files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
+        seal = {str(path.relative_to(folder)): _size_and_checksum(path) for path in files}
+        (folder / _SEAL).write_text(json.dumps(seal), encoding="utf-8")
+
     def restore_newest(self, like: TrainState) -> tuple[Restored | None, list[str]]:
-        """The newest checkpoint that is whole, and why each newer one is not."""
+        """The newest checkpoint that is whole, and why each newer one is not; None without any.
+
+        Raises RunFailed where one cannot be read though nothing proves it damaged, or all are.
+        """
         damaged: list[str] = []
         for step in reversed(self.steps()):
             try:
                 state, progress = self.restore(step, like)
-            except Exception as error:  # damage has many shapes: missing files, bad bytes, JSON
-                damaged.append(f"step {step}: {one_line(error)[:_SHOWN_CHARACTERS]}")
+            except Damaged as error:
+                damaged.append(f"step {step}: {error}")
                 continue
             return Restored(step, state, progress), damaged
-        return None, damaged
+        if damaged:
+            raise RunFailed(
+                f"no checkpoint in {self._folder} is whole ({'; '.join(damaged)}): put them back "
+                "from a copy, or train anew; nothing was changed"
+            )
+        return None, []
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         """This step's state, in the structure of `like` (abstract will do), with its frozen part.
 
         Where `like` lies on several devices, so does it, whatever it was saved on.
 
-        Raises whatever a damaged checkpoint makes Orbax raise, or ValueError for a bad checksum.
+        Raises Damaged, or RunFailed where it cannot be read for another reason.
         """
         named = _named(like._replace(frozen={}))
         arrays, progress = self._read(step, _split(named))
@@ -193,20 +229,36 @@ class Checkpoints:
             for item, leaves in items.items()
         }
         args = ocp.args.Composite(**wanted, record=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        record = restored["record"]
-        arrays = {name: array for item in items for name, array in restored[item].items()}
-        for name, array in arrays.items():
-            if _checksum(array) != record["checksums"][name]:
-                raise ValueError(f"{name} does not match its checksum")
-        return arrays, Progress(**record["progress"])
+        try:
+            restored = self._manager.restore(step, args=args)
+            record = restored["record"]
+            progress = Progress(**record["progress"])
+            arrays = {name: array for item in items for name, array in restored[item].items()}
+            for name, array in arrays.items():
+                if _checksum(array) != record["checksums"][name]:
+                    raise Damaged(f"{name} does not match its checksum")
+        except Damaged:
+            raise
+        except Exception as error:  # Orbax, TensorStore and the system raise as they please
+            folder, reason = self._folder / str(step), one_line(error)[:_SHOWN_CHARACTERS]
+            if damage := _damage(folder, error):
+                raise Damaged(damage) from error
+            raise RunFailed(f"{folder} cannot be read: {reason}; nothing was changed") from error
+        return arrays, progress
 
-    def discard_after(self, step: int) -> None:
-        """Delete newer checkpoints, which are damaged, so that their steps can be saved again."""
+    def set_aside_after(self, step: int) -> None:
+        """Rename newer checkpoints, which are damaged, so that their steps can be saved again."""
+        self.wait()
         for newer in self.steps():
             if newer > step:
-                self._manager.delete(newer)
+                aside = self._folder / f"{newer}.damaged"
+                for number in itertools.count(2):
+                    if not aside.exists():
+                        break
+                    aside = aside.with_name(f"{newer}.damaged-{number}")
+                os.rename(self._folder / str(newer), aside)
                 self._held.discard(newer)
+        self._manager.reload()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -270,3 +322,33 @@ def _split(named: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
+
+
+def _damage(folder: Path, error: Exception) -> str | None:
+    """The file of a checkpoint that is proven to be missing or changed; None where none is.
+
+    Of one without a seal, which another version or a killed process left, no more is known than
+    what reading it raised.
+    """
+    try:
+        seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        files = {str(name): (size, checksum) for name, (size, checksum) in seal.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return one_line(error) if isinstance(error, FileNotFoundError) else None
+    for name, written in files.items():
+        try:
+            if _size_and_checksum(folder / name) != written:
+                return f"{name} is not as it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError:  # the disk's word, or of whoever may read: no proof
+            continue
+    return None
+
+
+def _size_and_checksum(path: Path) -> tuple[int, int]:
+    size, checksum = 0, 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            size, checksum = size + len(piece), zlib.crc32(piece, checksum)
+    return size, checksum
