@@ -3,6 +3,7 @@
 Everything here goes the path that users go; only sizes are small.
 """
 
+import fcntl
 import io
 import os
 import random
@@ -19,10 +20,24 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 HN_TITLES = REPOSITORY.parent / "shared" / "data" / "hn_titles.txt"
 
+COMMAND_FIXTURES = {"mainrun", "finished_run"}
+
 _CACHE = "MAINRUN_CACHE_DIR"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name in [n for n in os.environ if n.startswith("WANDB_")]:
     del os.environ[name]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`task check` leaves out what compiles or starts processes, and no test need say that it does.
+
+    That is, every test of a module that has JAX, and every one that runs the command.
+    """
+    for item in items:
+        names = vars(getattr(item, "module", None) or object)
+        if "jax" in names or COMMAND_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.medium)
 
 
 def parquet(**columns: list) -> bytes:
@@ -39,7 +54,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     before = os.environ.get(_CACHE)
     # The workers of one session share it: what one has compiled, the other need not.
-    os.environ[_CACHE] = str(tmp_path_factory.getbasetemp().parent / "mainrun-cache")
+    os.environ[_CACHE] = str(_of_all_workers(tmp_path_factory) / "mainrun-cache")
     backend.prepare()
     yield
     os.environ.pop(_CACHE)
@@ -94,6 +109,12 @@ def tiny(corpus: Path) -> list[str]:
     ]
 
 
+def _of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of this session, whichever worker asks."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 Mainrun = Callable[..., subprocess.CompletedProcess[str]]
 
 COMMAND = [str(Path(sys.executable).with_name("mainrun"))]
@@ -118,8 +139,11 @@ def finished_run(
     tmp_path_factory: pytest.TempPathFactory, tiny: list[str], mainrun: Mainrun
 ) -> Path:
     """A run folder of a tiny run that was never interrupted. Read it, do not change it."""
-    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    mainrun("train", *tiny, "--run-dir", run_dir)
+    run_dir = _of_all_workers(tmp_path_factory) / "uninterrupted"
+    with run_dir.with_name("uninterrupted.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker trains it, and the others wait
+        if not (run_dir / "summary.json").exists():
+            mainrun("train", *tiny, "--run-dir", run_dir)
     return run_dir
 
 

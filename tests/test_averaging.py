@@ -81,6 +81,7 @@ def test_samples_are_where_the_settings_say_and_at_least_one(
     assert parts.assemble(settings, parts.read_texts(settings)).samples == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "samples"),
     [

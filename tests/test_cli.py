@@ -134,6 +134,7 @@ def test_generate_begins_with_the_prompt_and_repeats_with_the_seed(
     assert len(set(texts("--temperature", "0"))) == 1
 
 
+@pytest.mark.slow
 def test_wandb_disabled_does_not_import_it(
     tmp_path: Path, tiny: list[str], mainrun: object
 ) -> None:

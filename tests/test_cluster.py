@@ -43,6 +43,7 @@ def end(processes: list[subprocess.Popen]) -> list[str]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does_and_the_first_alone_tells(
     tmp_path: Path, tiny: list[str], finished_run: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_stop_signal_to_any_of_them_stops_all_at_one_step(
     assert found[-1]["event"] == "stopped"
 
 
+@pytest.mark.slow
 def test_processes_that_read_other_data_are_told(tmp_path: Path, tiny: list[str]) -> None:
     other = tmp_path / "other.txt"
     other.write_text("Some other document\n" * 300)

@@ -84,6 +84,7 @@ def test_configs_of_ours_are_held_by_the_class_of_their_family(path: Path) -> No
 # The command
 
 
+@pytest.mark.slow
 def test_safetensors_hold_the_parameters_bit_for_bit(
     finished_run: Path, mainrun: Mainrun, tmp_path: Path
 ) -> None:

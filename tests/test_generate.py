@@ -38,6 +38,7 @@ def test_greedy_takes_the_likeliest_token_each_time(model: tuple) -> None:
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 def test_the_first_draw_follows_the_models_distribution(model: tuple) -> None:
     network, params = model
     rows = 4000

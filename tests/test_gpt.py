@@ -134,6 +134,7 @@ def test_a_deeper_networks_residual_branches_can_begin_smaller() -> None:
         np.testing.assert_allclose(scaled[name], factor * array, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_skips_begin_shut_and_join_mirrored_halves() -> None:
     sizes = {"d_model": 16, "bottleneck_sizes": (12, 8, 8, 12), "dropout": 0.0}
     heads = {"attention": config.CausalAttention(num_heads=2)}

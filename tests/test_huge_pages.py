@@ -31,6 +31,7 @@ def test_the_request_is_added_to_what_is_said(before: dict[str, str], after: str
     assert made == {"HOME": "/", "GLIBC_TUNABLES": after}
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without(
     tmp_path: os.PathLike, tiny: list[str], mainrun: Mainrun
 ) -> None:

@@ -26,6 +26,7 @@ from mainrun.model.gpt import Network
 from mainrun.model.kernels import Case, Device, Packing
 from mainrun.model.layers import DropoutRate
 from tests import variants
+from tests.tiers import shown
 from tests.variants import CONTEXT, VOCAB
 
 LONG = Packing(1024, False)
@@ -68,16 +69,15 @@ BY_OFFSETS = Kernel("cudnn", as_documented, most_documents=3)
 # --- documents ------------------------------------------------------------------------------------
 
 
-def paths() -> list[Any]:
+def paths() -> dict[str, Any]:
     """Every kind of attention by the plain form, and by a fused kernel where one can compute it."""
-    found = []
+    found = {}
     for label, attention in variants.attentions().items():
-        slow = [pytest.mark.slow] * ("=" in label and label != "causal-window_including_self=5")
         ways = [("plain", fused.PLAIN)]
         if fused.newest_keys(attention, CONTEXT) is not None:
             ways += [("mask", BY_MASK), ("offsets", BY_OFFSETS)]
         for way, kernel in ways:
-            found.append(pytest.param(attention, kernel, id=f"{label}-{way}", marks=slow))
+            found[f"{label}-{way}"] = (attention, kernel)
     return found
 
 
@@ -112,7 +112,13 @@ def assert_documents_are_apart(attention: config.Attention, kernel: Kernel) -> N
         assert (found[is_own] > 0).all()
 
 
-@pytest.mark.parametrize(("attention", "kernel"), paths())
+SHOWN = {
+    "causal-window_including_self=5-offsets", "causal-mask", "sparse-fixed-plain",
+    "sparse-strided-mask", "sparsek-plain", "latent-plain",
+}  # fmt: skip
+
+
+@shown("attention, kernel", paths(), SHOWN.__contains__)
 def test_a_token_has_exactly_no_gradient_to_another_document(
     attention: config.Attention, kernel: Kernel
 ) -> None:
@@ -462,6 +468,7 @@ def features(kernel: Kernel, rate: DropoutRate | None = None, **changes: float |
     return np.asarray(model.read(variants.tokens(), None, keys).features)
 
 
+@pytest.mark.slow
 def test_attention_weights_have_a_rate_of_their_own_or_that_of_all() -> None:
     none = features(fused.PLAIN, dropout=0.0)
     own = features(fused.PLAIN, dropout=0.0, attention_dropout=0.5)

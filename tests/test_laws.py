@@ -1,7 +1,6 @@
 """What holds for every model that the settings can name: see `variants` for how they are found."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -18,25 +17,26 @@ from mainrun.model.generate import generate
 from mainrun.model.initializers import Initializer
 from mainrun.training.loss import token_loss
 from tests import variants
+from tests.tiers import shown
 from tests.variants import CONTEXT, VOCAB, WIDTH, network, params, tokens
 
 MODELS = variants.networks()
 
 
-def with_models(is_slow: Callable[[str], bool]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "settings",
-        [
-            pytest.param(settings, id=name, marks=[pytest.mark.slow] * is_slow(name))
-            for name, settings in MODELS.items()
-        ],
-    )
+def with_models(kinds: dict[str, config.Network]) -> pytest.MarkDecorator:
+    """These at once; with the slow tests every model, and every option, of all there are."""
+    return shown("settings", kinds | MODELS, kinds.__contains__)
 
 
-# Every kind at once; their options, which are three times as many, with the slow tests.
-every_model = with_models(lambda name: "=" in name)
-# Where compiling is long, of the U-Net's kinds only the first.
-every_model_slowly = with_models(lambda name: "=" in name or name.startswith("unet_gpt-"))
+every_model = with_models(variants.kinds())
+# Where compiling is long, one that looks at all keys, one that chooses them, one of few of each.
+every_model_slowly = with_models(
+    {
+        name: model
+        for name, model in variants.kinds().items()
+        if model.kind != "gpt" or model.attention.kind in ("sparsek", "latent")
+    }
+)
 SEGMENTS = jnp.array([[0] * 7 + [1] * 17, [0] * 13 + [1] * 11])
 
 
@@ -181,21 +181,20 @@ def test_the_second_call_compiles_nothing(settings: config.Network) -> None:
     assert compiled(settings)._cache_size() == 1
 
 
-CHANGED = [
-    (f"{name}.{option}={getattr(changed, option)}", base, changed)
+CHANGED = {
+    f"{name}.{option}={getattr(changed, option)}": (base, changed)
     for name, base in MODELS.items()
     if name in ("gpt", "unet_gpt")
     for option, changed in variants.options(base)
     if option not in variants.SILENT
-]
+}
 for _label, _part, _base in [
     *((label, "attention", variants.small(config.Gpt)) for label in variants.attentions()),
     *((label, "mlp", variants.small(config.Gpt)) for label in variants.mlps()),
 ]:
     _settings = (variants.attentions() if _part == "attention" else variants.mlps())[_label]
-    CHANGED += [
-        (
-            f"{_label}.{option}={getattr(changed, option)}",
+    CHANGED |= {
+        f"{_label}.{option}={getattr(changed, option)}": (
             dataclasses.replace(_base, **{_part: _settings}),
             dataclasses.replace(_base, **{_part: changed}),
         )
@@ -204,10 +203,10 @@ for _label, _part, _base in [
         and changed != _settings
         # All keys are all keys, in tiles or not.
         and (_label, option) != ("sparse-all", "block_size")
-    ]
+    }
 
 
-@pytest.mark.parametrize(("before", "after"), [c[1:] for c in CHANGED], ids=[c[0] for c in CHANGED])
+@shown("before, after", CHANGED, lambda name: name.startswith("gpt."))
 def test_every_option_changes_the_output(before: config.Network, after: config.Network) -> None:
     """Either there are other parameters, or the same ones compute something else."""
     ours, theirs = params(before), params(after)
@@ -224,7 +223,7 @@ MULTI_HEAD = {
 }
 
 
-@pytest.mark.parametrize("settings", MULTI_HEAD.values(), ids=MULTI_HEAD.keys())
+@shown("settings", MULTI_HEAD, variants.is_kind)
 @pytest.mark.parametrize("documents", [False, True], ids=["one text", "documents"])
 def test_each_head_looks_at_the_keys_of_its_definition(
     settings: config.MultiHead, documents: bool

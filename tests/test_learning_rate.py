@@ -244,6 +244,7 @@ def first_loss(run_dir: Path) -> float:
     return next(row["train/loss"] for row in rows if "train/loss" in row)
 
 
+@pytest.mark.slow
 def test_command_prints_an_override_to_paste_and_writes_only_the_picture(
     mainrun: Mainrun, tiny: list[str], tmp_path: Path
 ):
@@ -271,6 +272,7 @@ def test_first_loss_is_that_of_a_run_and_the_optimizer_decides_the_rate(
     assert sgd["learning_rate"] > 10 * adamw["learning_rate"]
 
 
+@pytest.mark.slow
 def test_second_rate_of_muon_keeps_its_ratio_and_is_pasted_too(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -283,6 +285,7 @@ def test_second_rate_of_muon_keeps_its_ratio_and_is_pasted_too(
     assert settings.learning_rate / settings.adamw_learning_rate == pytest.approx(20, rel=0.1)
 
 
+@pytest.mark.slow
 def test_adapters_start_from_their_base(tiny: list[str], finished_run: Path):
     changes = [f"training.init_from={finished_run}", "model.lora={rank: 4}"]
     settings = configs.load(None, [*tiny, *changes])
@@ -290,6 +293,7 @@ def test_adapters_start_from_their_base(tiny: list[str], finished_run: Path):
     assert found.losses[0] < first_loss(finished_run) - 0.5
 
 
+@pytest.mark.slow
 def test_loss_that_never_falls_is_the_answer_and_still_has_a_picture(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -23,6 +23,7 @@ from mainrun.training import step
 from mainrun.training.optimizer import Optimizer
 from mainrun.training.step import TrainState
 from tests import variants
+from tests.tiers import shown
 from tests.variants import CONTEXT, WIDTH, network, small, tokens
 
 RANK, ALPHA = 3, 6.0
@@ -53,7 +54,7 @@ def models() -> dict[str, config.Network]:
 
 
 MODELS = models()
-every_model = pytest.mark.parametrize("plain", MODELS.values(), ids=MODELS.keys())
+every_model = shown("plain", MODELS, {"moe"}.__contains__)
 
 
 def adapted(plain: config.Network, *targets: str, dropout: float = 0.5) -> config.Network:
@@ -268,6 +269,7 @@ def test_adapters_train_all_of_them_and_nothing_else(plain: config.Network) -> N
     assert sum(moments) == 2 * count
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_adapters_in_float32() -> None:
     plain = MODELS["causal"]
     (*_, last), losses = train(adapted(plain, dropout=0.1), base(plain), "bfloat16")

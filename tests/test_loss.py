@@ -13,6 +13,7 @@ from mainrun.training import step as steps
 from mainrun.training.loss import Costs, TokenLoss
 from tests.test_gpt import VOCAB, some_params, tiny
 from tests.test_step import make, some_batch
+from tests.tiers import shown
 
 KEYS = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
 SECOND = jnp.uint32(0x9E3779B9)  # turns a key into that of R-Drop's second pass
@@ -125,7 +126,7 @@ def test_each_regulariser_is_its_formula(settings: config.Regularization) -> Non
     assert costs.added.dtype == costs.nll.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("head_tokens", [losses.ALL, 40, 8, 1])
+@shown("head_tokens", {"all": losses.ALL, "40": 40, "8": 8, "1": 1}, {"8"}.__contains__)
 @pytest.mark.parametrize("settings", [config.Regularization(), *EACH.values()], ids=["none", *EACH])
 def test_a_few_positions_at_a_time_is_all_at_once(
     settings: config.Regularization, head_tokens: int

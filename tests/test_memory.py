@@ -16,6 +16,7 @@ from mainrun.memory.peak import Estimate, estimate
 from mainrun.parts import num_micro_batches
 from mainrun.record import read_events
 from tests.conftest import REPOSITORY, Mainrun
+from tests.tiers import shown
 
 TOLERANCE = 0.2  # the issue's; the worst of these is off by a tenth
 
@@ -133,6 +134,9 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
 }  # fmt: skip
 
 
+SHOWN = {"window", "untied, bfloat16, in micro-batches", "experts"}
+
+
 def settings(*overrides: str) -> Config:
     return configs.load(None, overrides)
 
@@ -141,7 +145,7 @@ def reckoned(config: Config, vocab_size: int) -> Estimate:
     return estimate(config, vocab_size, num_micro_batches(config))
 
 
-@pytest.mark.parametrize("case", CASES)
+@shown("case", {name: name for name in CASES}, SHOWN.__contains__)
 def test_the_estimate_is_within_a_fifth_of_the_compiled_step(case: str):
     vocab_size, largest, overrides = CASES[case]
     if "training.remat=blocks" in overrides and not COMPUTES_AGAIN:
@@ -240,6 +244,7 @@ def test_every_block_is_told_with_its_own_width():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPUTES_AGAIN, reason=NOT_AGAIN)
 def test_of_blocks_that_are_computed_again_one_is_in_memory():
     words = [*SMALL, "model.num_layers=6", "data.context_length=256", "training.batch_size=4"]

@@ -68,14 +68,15 @@ def test_every_kind_of_model_and_of_optimizer() -> None:
     check_same(sharded("1,2,4", *kinds, *OPTIMIZERS), (*kinds, *OPTIMIZERS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes",
     [
         pytest.param("{data: 4, fsdp: 1, model: 2}", id="4·2"),
-        pytest.param("{data: 8, fsdp: 1, model: 1}", id="8·1", marks=pytest.mark.slow),
-        pytest.param("{data: 2, fsdp: 1, model: 4}", id="2·4", marks=pytest.mark.slow),
-        pytest.param("{data: 1, fsdp: 8, model: 1}", id="fully sharded", marks=pytest.mark.slow),
-        pytest.param("{data: 2, fsdp: -1, model: 2}", id="all", marks=pytest.mark.slow),
+        pytest.param("{data: 8, fsdp: 1, model: 1}", id="8·1"),
+        pytest.param("{data: 2, fsdp: 1, model: 4}", id="2·4"),
+        pytest.param("{data: 1, fsdp: 8, model: 1}", id="fully sharded"),
+        pytest.param("{data: 2, fsdp: -1, model: 2}", id="all"),
     ],
 )
 def test_a_run_on_a_mesh_has_the_curve_of_one_device_and_goes_on_there(

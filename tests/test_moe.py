@@ -343,6 +343,7 @@ def flops(experts: int, top_k: int) -> float:
     return analysis["flops"]
 
 
+@pytest.mark.slow
 def test_operations_grow_with_the_choices_and_not_with_the_experts() -> None:
     count = {(e, k): flops(e, k) for e, k in [(4, 1), (4, 2), (4, 4), (8, 2), (16, 2)]}
     # Three products forward and six backward, two operations each.

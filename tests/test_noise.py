@@ -82,6 +82,7 @@ def flat(gradient: dict[str, jax.Array]) -> np.ndarray:
     return np.concatenate([np.asarray(g, np.float64).ravel() for g in gradient.values()])
 
 
+@pytest.mark.slow
 def test_a_step_measures_the_gradients_of_its_own_micro_batches() -> None:
     decay = 0.75
     step, state, network = make(

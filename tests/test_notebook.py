@@ -37,6 +37,7 @@ def pictures(cell) -> list[bytes]:
     return [base64.b64decode(each["image/png"]) for each in data if "image/png" in each]
 
 
+@pytest.mark.slow
 def test_runs_from_top_to_bottom_and_every_cell_shows_something(executed):
     for cell in code_of(executed.cells):
         assert shown(cell) or pictures(cell), cell.source
@@ -51,6 +52,7 @@ def test_committed_outputs_are_what_it_shows_where_the_documentation_is_the_same
     assert [shown(cell) for cell in cells] == [shown(cell) for cell in CODE]
 
 
+@pytest.mark.slow
 def test_runs_on_a_file_when_its_one_variable_names_it(corpus, tmp_path):
     ours = notebook.with_settings(
         notebook.read(), "base/quickstart.yaml", f"data.source=file:{corpus}"

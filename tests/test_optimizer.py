@@ -294,6 +294,7 @@ def slope(params: Arrays) -> Arrays:
     return {n: (1 + jnp.arange(a.size).reshape(a.shape) % 5) * a - 1 for n, a in params.items()}
 
 
+@pytest.mark.slow
 def test_schedule_free_parameters_are_the_average_of_optaxs_own() -> None:
     """Gradients are taken where each says, so a wrong place parts the two after a step."""
 

@@ -244,6 +244,7 @@ def test_adapters_resumed_end_as_if_never_interrupted(adapted: Path, tmp_path: P
     assert_same_end(run_dir, adapted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapted", "whole"])
 def test_killed_before_the_first_checkpoint_it_begins_at_the_base_again(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -255,6 +256,7 @@ def test_killed_before_the_first_checkpoint_it_begins_at_the_base_again(
     assert_same_end(run_dir, expected)
 
 
+@pytest.mark.slow
 def test_what_was_trained_whole_is_resumed_without_its_base(
     moved: Callable[..., Path], whole: Path
 ) -> None:
@@ -315,6 +317,7 @@ def test_a_base_beside_the_run_is_found(moved: Callable[..., Path], base_run: Pa
     assert mainrun.load(run_dir).step == 24
 
 
+@pytest.mark.slow
 def test_a_base_elsewhere_is_found_by_the_setting(moved: Callable[..., Path]) -> None:
     run_dir = moved(base_to="elsewhere")
     said = refusal("evaluate", run_dir)
@@ -377,6 +380,7 @@ def test_a_damaged_base_is_told(moved: Callable[..., Path], base_run: Path) -> N
 # A base that has adapters itself
 
 
+@pytest.mark.slow
 def test_adapters_on_adapters(
     adapted: Path, tmp_path: Path, on_other: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

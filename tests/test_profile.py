@@ -44,6 +44,7 @@ def run(state: TrainState, given: Any, count: Any) -> tuple[TrainState, Any]:
     return state, ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [None, "1-2", "2-5", "3-3", "4-4", "6-9", "8-9", "20-21"])
 def test_as_many_steps_are_timed_wherever_the_traced_ones_lie(chosen: str | None, tmp_path: Path):
     feed = Numbered()
@@ -186,6 +187,7 @@ def test_rows_stand_under_one_peak_and_one_that_failed_says_why():
 # --- the command ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_times_and_traces_real_steps(mainrun: Mainrun, tiny: list[str], tmp_path: Path):
     done = mainrun("profile", *tiny, "--steps", 4, "--trace", "5-6", "--json", cwd=tmp_path)
     found = json.loads(done.stdout)

@@ -89,6 +89,7 @@ def refusal(root: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     return said
 
 
+@pytest.mark.slow
 def test_the_file_loads_to_what_was_trained(promoted: Path, runs: list[Path]):
     loaded, trained = (
         config.as_dict(config.load(path)) for path in (promoted, runs[0] / "config.yaml")
@@ -100,6 +101,7 @@ def test_the_file_loads_to_what_was_trained(promoted: Path, runs: list[Path]):
     assert "tracking" not in stated
 
 
+@pytest.mark.slow
 def test_the_result_is_that_of_the_runs(promoted: Path, runs: list[Path]):
     told = [json.loads((run / "summary.json").read_text()) for run in runs]
     values = [summary["val/loss"]["best"]["value"] for summary in told]
@@ -116,6 +118,7 @@ def test_the_result_is_that_of_the_runs(promoted: Path, runs: list[Path]):
     )["commit"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_run_has_its_evaluations_own_error_and_says_so(runs: list[Path], root: Path):
     assert cli.main(["promote", str(runs[1]), "one", *CHECK]) == 0
     result = check.read(root / "sota" / "one.yaml")
@@ -125,6 +128,7 @@ def test_one_run_has_its_evaluations_own_error_and_says_so(runs: list[Path], roo
     assert config.load(root / "sota" / "one.yaml").seed == 2
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_published(promoted: Path, runs: list[Path]):
     text = promoted.read_text()
     assert str(Path.home()) not in text
@@ -132,6 +136,7 @@ def test_no_path_of_this_machine_is_published(promoted: Path, runs: list[Path]):
     assert "run-dir" not in text
 
 
+@pytest.mark.slow
 def test_a_file_elsewhere_is_published_by_its_name(
     corpus: Path, tiny: list[str], root: Path, tmp_path: Path, mainrun: Mainrun
 ):
@@ -145,6 +150,7 @@ def test_a_file_elsewhere_is_published_by_its_name(
     assert str(corpus.parent) not in path.read_text()
 
 
+@pytest.mark.slow
 def test_the_same_again_is_left_alone_and_another_is_refused(
     promoted: Path, runs: list[Path], refusal: Callable[..., str], capsys: pytest.CaptureFixture
 ):
@@ -155,11 +161,13 @@ def test_the_same_again_is_left_alone_and_another_is_refused(
     assert promoted.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a/b", "../x", "", "-x", "x.yaml"])
 def test_a_bad_name_is_refused(name: str, runs: list[Path], refusal: Callable[..., str]):
     assert "is no name for a config" in refusal("--", runs[0], name)
 
 
+@pytest.mark.slow
 def test_runs_that_are_no_evidence_are_refused(
     runs: list[Path], tmp_path: Path, refusal: Callable[..., str]
 ):
@@ -192,6 +200,7 @@ def test_runs_that_are_no_evidence_are_refused(
     assert "is no run folder" in refusal(tmp_path, "x")
 
 
+@pytest.mark.slow
 def test_a_run_whose_name_looks_like_a_number_keeps_it(runs: list[Path], root: Path):
     run = copied(runs[0], root.parent, lambda events: events)
     run = run.rename(run.with_name("1e5"))
@@ -199,6 +208,7 @@ def test_a_run_whose_name_looks_like_a_number_keeps_it(runs: list[Path], root: P
     assert check.read(root / "sota" / "number.yaml").runs[0].run == "1e5"
 
 
+@pytest.mark.slow
 def test_runs_of_different_configs_are_refused_by_the_setting(
     runs: list[Path], tmp_path: Path, refusal: Callable[..., str]
 ):
@@ -208,6 +218,7 @@ def test_runs_of_different_configs_are_refused_by_the_setting(
     assert "`model.dropout` is 0.2 and 0.3" in refusal(runs[0], other, "x")
 
 
+@pytest.mark.slow
 def test_runs_of_one_seed_are_refused(
     runs: list[Path], tmp_path: Path, refusal: Callable[..., str]
 ):
@@ -215,6 +226,7 @@ def test_runs_of_one_seed_are_refused(
     assert "both have seed=1" in refusal(runs[0], again, "x")
 
 
+@pytest.mark.slow
 def test_runs_on_other_data_are_refused(
     runs: list[Path], tmp_path: Path, refusal: Callable[..., str]
 ):
@@ -224,6 +236,7 @@ def test_runs_on_other_data_are_refused(
     assert "is not what seed-2 was trained on" in refusal(runs[0], other, "x")
 
 
+@pytest.mark.slow
 def test_the_best_trial_of_a_sweep_is_promoted(runs: list[Path], tmp_path: Path):
     sweep = tmp_path / "sweep"
     shutil.copytree(runs[0], sweep / "trials" / "trial-002")
@@ -267,11 +280,13 @@ def test_a_difference_is_the_settings_that_were_changed(overrides: list[str]):
     assert set(config.leaves(found)) == {word.partition("=")[0] for word in overrides}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "config/base").glob("*.yaml")))
 def test_a_shipped_config_differs_in_nothing_from_its_own_file(path: Path):
     assert difference.nearest(config.load(path), REPOSITORY / "config") == (path, {})
 
 
+@pytest.mark.slow
 def test_a_changed_value_is_not_reproduced(promoted: Path, capsys: pytest.CaptureFixture):
     assert cli.main(["check-sota", "small"]) == 0
     assert capsys.readouterr().out.startswith("small: reproduced: ")
@@ -283,6 +298,7 @@ def test_a_changed_value_is_not_reproduced(promoted: Path, capsys: pytest.Captur
     assert "NOT REPRODUCED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changed_numbers_are_not_reproduced(promoted: Path, capsys: pytest.CaptureFixture):
     text = promoted.read_text()
     promoted.write_text(text.replace("model:", "optimizer: {b2: 0.9}\nmodel:", 1))
@@ -290,6 +306,7 @@ def test_changed_numbers_are_not_reproduced(promoted: Path, capsys: pytest.Captu
     assert "NOT REPRODUCED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_text_is_said_and_tolerated_more(promoted: Path, capsys: pytest.CaptureFixture):
     stored = check.read(promoted).check
     changed = promoted.read_text().replace(stored.data_fingerprint, "f" * 64)
@@ -303,6 +320,7 @@ def test_check_sota_refuses_a_name_that_is_none(root: Path, capsys: pytest.Captu
     assert "'gone' is no promoted config" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_result_is_information_and_an_unknown_part_of_it_is_refused(promoted: Path):
     without = yaml.safe_load(promoted.read_text())
     result = without.pop("result")

@@ -119,6 +119,7 @@ def test_nothing_to_compare_is_reported_all_the_same(tmp_path):
     assert "None of these runs came to its end" in shown
 
 
+@pytest.mark.slow
 def test_hundreds_of_runs_are_one_page(tmp_path, real_pictures):
     folders = [
         make_run(tmp_path / f"run-{i}", {0: 4.0, 40: 1.5 + i / 100}, overrides=[f"seed={i // 3}",

@@ -165,6 +165,7 @@ def test_a_killed_float16_run_goes_on_with_its_loss_scale_and_its_average(
     assert "val_average/loss" in metrics(events(whole))[-1]
 
 
+@pytest.mark.slow
 def test_patience_counts_on_where_a_run_is_resumed(
     tmp_path: Path, tiny: list[str], finished_run: Path, mainrun: Mainrun
 ) -> None:
@@ -184,6 +185,7 @@ def test_patience_counts_on_where_a_run_is_resumed(
     assert "is finished" in mainrun("resume", run_dir).stderr
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_its_newest_checkpoint_from_a_spike(
     tmp_path: Path, tiny: list[str], mainrun: Mainrun
 ) -> None:
@@ -238,6 +240,7 @@ def _saving(process: subprocess.Popen, run_dir: Path) -> bool:
     return wait_until(process, lambda: folder.is_dir() and any(folder.glob("*tmp*")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
@@ -283,6 +286,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(
     assert (finished_run / "events.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_given_more_steps(
     tmp_path: Path, finished_run: Path, mainrun: Mainrun
 ) -> None:
@@ -330,6 +334,7 @@ def _stop_between_saves(process: subprocess.Popen, run_dir: Path) -> None:
         os.sched_yield()
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_with_the_reason_and_spares_the_checkpoint_before(
     tmp_path: Path, tiny: list[str], mainrun: Mainrun
 ) -> None:
@@ -373,6 +378,7 @@ def test_a_run_records_how_attention_is_computed(finished_run: Path) -> None:
     assert started["attention"] in ("plain (cpu)", "plain (float32)")
 
 
+@pytest.mark.slow
 def test_accumulation_changes_no_number_of_a_run(
     tmp_path: Path, tiny: list[str], finished_run: Path, mainrun: Mainrun
 ) -> None:

@@ -53,6 +53,7 @@ def test_parameters_outside_embeddings_are_those_of_the_closed_form(heads: str):
     assert every == sum(leaf.size for leaf in network.init(jax.random.key(0)).values())
 
 
+@pytest.mark.slow
 def test_the_law_that_made_the_runs_lies_within_the_intervals():
     runs = made(np.geomspace(3e4, 3e6, 4), np.geomspace(1e5, 1e7, 4))
     fits = scaling_fits.fit(runs, resamples=60)

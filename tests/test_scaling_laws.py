@@ -104,6 +104,7 @@ def joint_intervals(noise: float, seed: int, resamples: int) -> dict[str, tuple[
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_true_law_lies_within_the_intervals():
     held = [
         low <= getattr(CHINCHILLA, name) <= high

@@ -14,6 +14,7 @@ from mainrun.errors import UserError
 from mainrun.memory import compiled, settle
 from mainrun.training import backend
 from tests.conftest import Mainrun
+from tests.tiers import shown
 
 VOCAB = 4000
 # 768 tokens a batch: one of more than 1,024 a CPU cuts further by itself.
@@ -41,7 +42,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> None:
     monkeypatch.setattr(backend, "memory_limit_bytes", lambda: limit)
 
 
-@pytest.mark.parametrize(("count", "off"), [(1, 1.25), (3, 0.8), (6, 1.0)])
+@shown("count, off", {"1": (1, 1.25), "3": (3, 0.8), "6": (6, 1.0)}, {"3"}.__contains__)
 def test_auto_takes_the_fewest_micro_batches_that_fit_however_far_off_the_estimate_is(
     monkeypatch: pytest.MonkeyPatch, count: int, off: float
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_number_is_left_alone_however_little_memory_there_is(
     assert memory.settled(settings(count), VOCAB) == settings(count)
 
 
+@pytest.mark.slow
 def test_a_run_writes_down_the_number_that_it_found(
     tmp_path: Path, tiny: list[str], mainrun: Mainrun
 ) -> None:

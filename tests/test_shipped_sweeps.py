@@ -57,6 +57,7 @@ def trials(space: SearchSpace, count: int) -> Iterator[dict[str, Any]]:
         yield {name: drawn(d, draw) for name, d in space.parameters.items()}
 
 
+@pytest.mark.slow
 @every_sweep
 def test_every_trial_is_a_config(path: Path) -> None:
     space = sweep_file.read(path)
@@ -104,6 +105,7 @@ def test_dantinox_has_its_twenty_two_keys() -> None:
     assert space.parameters["model.attention.num_heads"] == search_space.Fixed("auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(12))
 def test_a_trial_of_dantinox_is_traced_from_the_first_parameter_to_the_last_update(
     number: int,

@@ -12,6 +12,7 @@ import pytest
 from mainrun import config
 from mainrun.model import sparse
 from tests.test_masks import NUM_HEADS, visible, visible_grid
+from tests.tiers import shown
 
 BATCH, TIME = 2, 75  # neither whole tiles nor whole strides of any case below
 
@@ -40,7 +41,8 @@ CASES: dict[str, sparse.Tiled] = {
     "strided blocks": tiled(config.StridedKeys(stride=12), 4),
     "strided, one block": tiled(config.StridedKeys(stride=4), 4),
 }
-every_case = pytest.mark.parametrize("attention", CASES.values(), ids=CASES.keys())
+SHOWN = {"all", "window", "fixed blocks, two verts", "strided"}
+every_case = shown("attention", CASES, SHOWN.__contains__)
 
 
 def inputs(kv_heads: int = 2, time: int = TIME, seed: int = 0) -> list[np.ndarray]:
@@ -293,6 +295,7 @@ def dense_bytes() -> int:
     return temporary_bytes(causal, 4096)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", LONG.values(), ids=LONG.keys())
 def test_a_context_of_4096_takes_less_than_a_third_of_dense_memory(
     attention: sparse.Tiled, dense_bytes: int

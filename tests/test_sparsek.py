@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mainrun.model import sparsek
+from tests.tiers import shown
 
 
 class Case(NamedTuple):
@@ -176,14 +177,14 @@ def dense_pulled(case: Case, ids, inputs: Inputs, weight):
     return out, pull(weight)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@shown("case", {str(case): case for case in CASES}, {str(CASES[1]), str(CASES[4])}.__contains__)
 def test_every_query_gets_what_the_definition_says(case: Case) -> None:
     inputs, ids = made(case)
     out, _ = attend(case, inputs, ids)
     np.testing.assert_allclose(out, brute_force(case, inputs, ids), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("case", CASES[:6], ids=str)
+@shown("case", {str(case): case for case in CASES[:6]}, {str(CASES[1])}.__contains__)
 def test_gradients_are_those_of_the_dense_form(case: Case) -> None:
     inputs, ids = made(case)
     weight = normal(5, *inputs.q.shape)
@@ -334,6 +335,7 @@ def replaced(inputs: Inputs, where: np.ndarray) -> Inputs:
     )
 
 
+@pytest.mark.slow
 def test_later_tokens_change_nothing_before_them() -> None:
     inputs, ids = made(COMMON._replace(documents=2, spread=0.5))
     before, _ = attend(COMMON, inputs, ids)
@@ -455,6 +457,7 @@ def dropped(inputs: Inputs, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     return out, pull(jnp.ones_like(out))[0]
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean_and_no_two_chunks_share_a_mask() -> None:
     """Gates of 1, logits and values alike: every output is a mean of ten kept or dropped ones."""
     inputs, _ = made(DROPPED)
@@ -497,6 +500,7 @@ def plain_attention(q, k, v, scores) -> jax.Array:
     return jax.nn.softmax(logits, axis=-1) @ v
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_time_and_is_below_dense_attentions() -> None:
     ours = partial(sparsek.attend, num_selected=64, window_including_self=64)
     small, large = temporary_bytes(ours, 2048), temporary_bytes(ours, 4096)

@@ -15,6 +15,7 @@ from mainrun.training import averaging, divergence, noise
 from mainrun.training import optimizer as optimizers
 from mainrun.training import step as steps
 from tests.test_gpt import CONTEXT, VOCAB, tiny
+from tests.tiers import shown
 
 CONSTANT = optax.constant_schedule(1e-2)
 PLAIN, ADAMW = config.Training(), config.AdamW()
@@ -59,7 +60,7 @@ def make(
     )
 
 
-@pytest.mark.parametrize(("micro_batches", "dropout"), [(2, 0.0), (4, 0.3), (8, 0.3)])
+@shown("micro_batches, dropout", {"2": (2, 0.0), "4": (4, 0.3), "8": (8, 0.3)}, {"4"}.__contains__)
 def test_micro_batches_equal_the_whole_batch_whatever_the_padding(
     micro_batches: int, dropout: float
 ) -> None:
@@ -76,6 +77,7 @@ def test_micro_batches_equal_the_whole_batch_whatever_the_padding(
 REGULARISED = config.Regularization(label_smoothing=0.1, z_loss=1e-2, r_drop=2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "tolerance"),
     [
@@ -147,6 +149,7 @@ def test_masking_documents_changes_the_loss() -> None:
     assert plain(state, some_batch())[1].loss != masked(state, some_batch())[1].loss
 
 
+@pytest.mark.slow
 def test_dropout_is_on_changes_with_the_step_and_repeats() -> None:
     step, state, _ = make(dropout=0.5)
     off, _, _ = make(dropout=0.0)
@@ -206,6 +209,7 @@ def test_the_same_seed_makes_the_same_state_and_another_another() -> None:
     assert (one.key != other.key).any()
 
 
+@pytest.mark.slow
 def test_the_balance_of_experts_is_minimised_times_its_coefficient() -> None:
     found = {}
     for coefficient in (0.0, 0.5):

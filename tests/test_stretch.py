@@ -97,6 +97,7 @@ def test_short_steps_go_many_to_a_dispatch_and_long_ones_alone(
     assert pace.steps == expected
 
 
+@pytest.mark.slow
 def test_the_second_dispatch_compiles_nothing(compiled: tuple[Any, Any]) -> None:
     run, state = compiled
     counted = jax.jit(partial(run))

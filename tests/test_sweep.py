@@ -123,6 +123,7 @@ def test_a_sweep_tells_every_trial_and_ranks_them(folder: Path, capfd: pytest.Ca
     assert shown.out.startswith("finished: 3 of 3 trials in ")
 
 
+@pytest.mark.slow
 def test_the_best_trial_is_a_config_of_its_own(folder: Path):
     file = write(folder, {"seed": [7], "optimizer.kind": "sgd", "model.dropout": 0.3})
     sweep.run(file, ["training.batch_size=4"], run_dir=folder / "a")
@@ -132,6 +133,7 @@ def test_the_best_trial_is_a_config_of_its_own(folder: Path):
     assert best == config.load(folder / "tiny.yaml", words)
 
 
+@pytest.mark.slow
 def test_the_goal_decides_what_is_best_and_the_folder_has_a_name(folder: Path):
     file = write(folder, {"optimizer.learning_rate": [0.01, 0.03]},
                  metric={"goal": "maximize", "name": "val/loss"})  # fmt: skip
@@ -143,6 +145,7 @@ def test_the_goal_decides_what_is_best_and_the_folder_has_a_name(folder: Path):
     assert summary(made[0])["best"]["value"] == max(losses(made[0] / "trials" / "trial-001"))
 
 
+@pytest.mark.slow
 def test_count_and_run_cap_end_a_sweep(folder: Path):
     file = write(folder, {"seed": [1, 2, 3, 4]}, run_cap=3)
     sweep.run(file, run_dir=folder / "a", count=1)
@@ -157,6 +160,7 @@ def test_count_and_run_cap_end_a_sweep(folder: Path):
 # Trials that come to nothing
 
 
+@pytest.mark.slow
 def test_failures_are_told_with_their_reason_and_the_sweep_goes_on(folder: Path, corpus: Path):
     sources = [f"file:{corpus}", "file:absent.txt"]
     file = write(folder, {"data.source": sources, "optimizer.learning_rate": [1e25, 0.01]})
@@ -171,6 +175,7 @@ def test_failures_are_told_with_their_reason_and_the_sweep_goes_on(folder: Path,
     assert "failed" in logged_events(folder / "a" / "trials" / "trial-001")
 
 
+@pytest.mark.slow
 def test_three_failures_in_a_row_stop_a_sweep_and_it_can_go_on(folder: Path):
     file = write(folder, {"optimizer.learning_rate": [0.01, 1e25, 1e26, 1e27, 0.02]})
     with pytest.raises(RunFailed, match=r"3 trials in a row failed, the last: .*diverged"):
@@ -189,6 +194,7 @@ def test_a_sweep_without_any_result_has_failed(folder: Path):
     assert not (folder / "a" / "best.yaml").exists()
 
 
+@pytest.mark.slow
 def test_combinations_that_no_model_can_have_are_refused_and_do_not_count(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -204,6 +210,7 @@ def test_combinations_that_no_model_can_have_are_refused_and_do_not_count(
     assert statuses(folder / "a")[5:] == ["finished"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("population", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_trials_that_fall_behind_are_pruned_where_the_file_says_so(folder: Path, population: int):
     """At the first evaluation after the start, of two that are compared one goes on."""
@@ -249,6 +256,7 @@ def test_trials_side_by_side_end_as_they_would_alone(folder: Path):
     assert "3 trials train side by side" in (folder / "together" / "worker.log").read_text()
 
 
+@pytest.mark.slow
 def test_trials_that_run_out_of_memory_together_go_on_fewer_at_a_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
@@ -321,6 +329,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_takes_one_trial_with_it(
     folder: Path, processes: list[subprocess.Popen]
 ):
@@ -362,6 +371,7 @@ def test_a_killed_sweep_takes_its_worker_along_and_the_next_one_waits_for_it(
     assert statuses(folder / "a") == ["running"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_trials_of_one_sweep(
     folder: Path, processes: list[subprocess.Popen]
 ):
@@ -382,6 +392,7 @@ def test_two_processes_share_the_trials_of_one_sweep(
         assert logged_events(trial)[-1] == "finished"
 
 
+@pytest.mark.slow
 def test_a_trial_that_finished_unnoticed_is_not_trained_again(folder: Path):
     """The worker died between the trial's end and writing it down."""
     sweep.run(write(folder, {"seed": [4, 3]}), run_dir=folder / "a", count=1)
@@ -408,6 +419,7 @@ def refused(*arguments: Any, **options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_another_search_never_goes_on_in_the_folder_of_the_first(folder: Path):
     sweep.run(write(folder, {"seed": [4, 3]}), run_dir=Path("a"), count=1)
     before = (folder / "a" / "study.journal").read_bytes()
@@ -428,6 +440,7 @@ def test_another_search_never_goes_on_in_the_folder_of_the_first(folder: Path):
     assert (folder / "a" / "study.journal").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_damaged_study_is_told_and_kept(folder: Path):
     sweep.run(write(folder, {"seed": [4, 3]}), run_dir=folder / "a", count=1)
     (folder / "a" / "study.journal").write_text("rubbish\n")

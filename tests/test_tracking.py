@@ -181,6 +181,7 @@ def test_secrets_of_the_environment_are_nowhere_in_the_run_folder_or_on_the_scre
     assert run["display_name"] == "named after [MY_API_KEY]"
 
 
+@pytest.mark.slow
 def test_an_offline_key_and_a_secret_in_a_failure_are_not_told(run_dir: Path):
     failing = PROGRAM + f"    raise ValueError('cannot reach https://me:{SECRET}@host')\n"
     done = program(
@@ -252,6 +253,7 @@ def test_a_server_out_of_reach_is_one_warning_and_the_run_goes_on_offline(run_di
     assert len(of_type(wandb_records(run_dir), "history")) == 10
 
 
+@pytest.mark.slow
 def test_wandb_dying_in_the_middle_is_one_warning_and_no_end(run_dir: Path):
     killing = PROGRAM.replace(
         "        if step in",

@@ -106,6 +106,7 @@ def test_a_training_is_dispatched_and_its_run_comes_back_and_goes_on(machine: Ma
     assert saved
 
 
+@pytest.mark.slow
 def test_a_sweep_is_dispatched_and_sweeps(machine: Machine):
     done = machine.dispatch("sweep", sweep="quickstart", count="3", backend="local")
     assert done.succeeded, done
@@ -126,6 +127,7 @@ def test_the_status_of_the_machine_is_a_page_and_a_file(machine: Machine):
     assert done.summary
 
 
+@pytest.mark.slow
 def test_a_stray_makes_the_hourly_status_red_and_a_dispatch_may_reap_it(machine: Machine):
     stray = machine.engine.place(
         {"mainrun.job": "5-1", "mainrun.task": "train", "mainrun.gpus": "", "mainrun.run": ""},
@@ -144,6 +146,7 @@ def test_a_stray_makes_the_hourly_status_red_and_a_dispatch_may_reap_it(machine:
     assert machine.left_behind() == []
 
 
+@pytest.mark.slow
 def test_a_push_makes_its_image_the_current_one_and_a_dispatch_goes_back(machine: Machine):
     machine.engine.add_image("mainrun:current", **{"mainrun.sha": "a" * 40})
     with machine.started("update", event="push") as running:
@@ -186,6 +189,7 @@ def test_a_bad_config_is_refused_before_anything_is_built(machine: Machine):
     assert "base/quickstart" in done.summary
 
 
+@pytest.mark.slow
 def test_a_failing_training_is_red_and_all_is_told(machine: Machine):
     def program(process: Process) -> int:
         process.run_dir.mkdir()

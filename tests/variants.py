@@ -1,10 +1,12 @@
 """Small models of every kind, found by walking the settings: a new variant joins by existing.
 
-`attentions`, `mlps` and `networks` give each class of a union at a small size, and each of its
-options in turn; an option whose values cannot be told from its type needs a line in `OTHERS`.
+`kinds` are as few models as hold every kind of attention, MLP and architecture. `attentions`,
+`mlps` and `networks` give each class of a union at a small size, and each of its options in turn;
+an option whose values cannot be told from its type needs a line in `OTHERS`.
 """
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Iterator
@@ -79,6 +81,24 @@ def networks() -> dict[str, config.Network]:
                 found[f"{name}-{option}={getattr(changed, option)}"] = changed
         known |= {field.name for field in dataclasses.fields(architecture)}
     return found
+
+
+def kinds() -> dict[str, config.Network]:
+    """Every kind of attention and pattern, of MLP and of architecture; each pair of them once."""
+    found: dict[str, config.Network] = {}
+    mlp = itertools.cycle((label, each) for label, each in mlps().items() if is_kind(label))
+    for label, attention in attentions().items():
+        if is_kind(label):
+            name, dense = next(mlp)
+            base = dataclasses.replace(small(config.Gpt), mlp=dense)
+            found[f"gpt-{label}-{name}"] = _with_attention(base, attention)
+    others = [cls for cls in _classes(config.Model) if cls is not config.Gpt]
+    return found | {_kind(cls): small(cls) for cls in others}
+
+
+def is_kind(label: str) -> bool:
+    """Whether a label of `attentions` or `mlps` is a kind, or a pattern of one; not an option."""
+    return "=" not in label and label.count("-") < 2 and label != "sparse"  # its default pattern's
 
 
 def _with_attention(base: config.Network, attention: Any) -> config.Network:
