@@ -255,7 +255,8 @@ def test_the_real_contestants_run_and_learn_the_same(corpus: Path, tmp_path: Pat
     record = json.loads((output / "tiny.json").read_text())
     assert record["devices"] == ["cpu", "gpu"]
     (comparison, *_) = record["comparisons"]
-    assert list(comparison["rows"]) == ["torch f32 stock", "torch f32 tuned malloc", "mainrun f32"]
+    in_float32 = [name for name in comparison["rows"] if "bf16" not in name]  # that: with AMX only
+    assert in_float32 == ["torch f32 stock", "torch f32 tuned malloc", "mainrun f32"]
     parameters = {name: facts["parameters"] for name, facts in comparison["facts"].items()}
     assert len(set(parameters.values())) == 1, parameters
     for name, row in comparison["rows"].items():
