@@ -201,6 +201,15 @@ def test_a_tier_that_is_cut_off_counts_what_it_did(ci, tmp_path, options, deaf):
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
+@pytest.mark.parametrize("code", [0, 9])
+def test_tests_with_a_gpu_are_of_the_plan_where_a_driver_answers(tmp_path, monkeypatch, code):
+    stand_in = tmp_path / "nvidia-smi"
+    stand_in.write_text(f"#!/bin/sh\nexit {code}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ("test-gpu" in [step.name for step in tiers.plan()]) == (code == 0)
+
+
 def test_markers_reach_the_outcomes_from_workers_too(ci, tmp_path):
     marked = "import pytest\n@pytest.mark.medium\ndef test_passes(): pass\n"
     ci(marked, options=ONE)

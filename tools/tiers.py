@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,12 +49,13 @@ PLAN = (
     Step("Docker Engine", 5, ["tests/engine.sh"], is_tier=False),
     Step("test-docker", 14, ["task", "-x", "test-docker", "--"]),
 )
+WITH_GPU = (*PLAN, Step("test-gpu", 10, ["task", "-x", "test-gpu", "--"]))
 
 
 def main(
-    plan: Sequence[Step] = PLAN, out: Path = ROOT / "build" / "ci", kept: Path = ROOT / ".ci"
+    steps: Sequence[Step], out: Path = ROOT / "build" / "ci", kept: Path = ROOT / ".ci"
 ) -> int:
-    """Runs the plan and prints the table; 0 where all is green.
+    """Runs the steps and prints the table; 0 where all is green.
 
     `out` is for the outcomes and, after a green run, for `durations.tsv`; `kept` has those that
     were committed, and the reasons that are allowed.
@@ -66,7 +68,7 @@ def main(
         path.unlink()
     done: list[Result] = []
     deadline = time.monotonic()
-    for step in plan:
+    for step in steps:
         deadline += 60 * step.minutes
         begin, outcomes = time.monotonic(), out / f"{step.name}.jsonl"
         command = [*step.command]
@@ -89,6 +91,12 @@ def main(
     if is_green:
         results.write_durations(done, out / "durations.tsv")
     return int(not is_green)
+
+
+def plan() -> Sequence[Step]:
+    """All that this machine can run."""
+    has_gpu = shutil.which("nvidia-smi") and not subprocess.call(["nvidia-smi", "-L"])
+    return WITH_GPU if has_gpu else PLAN
 
 
 def run(command: Sequence[str], deadline: float) -> str:
@@ -121,4 +129,4 @@ def end(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(plan()))
