@@ -24,16 +24,16 @@ if ! docker info >/dev/null 2>&1; then
 fi
 
 if docker image inspect "$base" >/dev/null 2>&1; then exit 0; fi
-[ -x /usr/sbin/debootstrap ] || install debootstrap
+install debootstrap debian-archive-keyring # Ubuntu's debootstrap comes without Debian's keys
 root=$(mktemp -d)
 trap 'as_root rm -rf "$root"' EXIT
-# The mirror that this machine itself uses; Debian's own where it says none.
-mirror=$(cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list 2>/dev/null \
-  | sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb  *\(\[[^]]*\] *\)\{0,1\}\([^ ]*\).*/\2/p' \
-  | sed 1q) || true # either file may be absent
+# Where this machine has Debian's own packages from; nowhere, if it is an Ubuntu.
+# shellcheck disable=SC2016 # the dollar is apt's
+mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Origin: Debian' 'Label: Debian' | sed -n 1p)
 packages=ca-certificates,git,libstdc++6,python3,python3-venv
-# shellcheck disable=SC2086 # an empty mirror is no argument
-as_root debootstrap --variant=minbase --include="$packages" trixie "$root" $mirror >/tmp/debootstrap.log \
+as_root debootstrap --variant=minbase --include="$packages" --force-check-gpg \
+  --keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
+  trixie "$root" "${mirror:-http://deb.debian.org/debian}" >/tmp/debootstrap.log \
   || { tail -n 20 /tmp/debootstrap.log >&2; exit 1; }
 # Whom this machine trusts, the image trusts: a package index may stand behind a proxy of its own.
 as_root cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"

@@ -106,6 +106,16 @@ def test_imports_go_down_only(path: Path):
     assert not upward, f"{label(path)} imports {sorted(upward)}, which are not below it"
 
 
+@pytest.mark.parametrize("folder", ["mainrun", "benchmarks", "tools"])
+def test_package_imports_no_tool_and_no_tool_a_test(folder: str):
+    """`mainrun/` stands alone; what measures or draws stands on it, and tests on everything."""
+    above = {"tests", "benchmarks", "tools"} if folder == "mainrun" else {"tests"}
+    sources = sorted((ROOT / folder).rglob("*.py"))
+    assert sources
+    for path in sources:
+        assert not foreign(imported(ast.walk(tree(path)))) & above, label(path)
+
+
 HOST_SOURCES = [path for path in SOURCES if place(path)[0] < HOST_LAYERS]
 
 

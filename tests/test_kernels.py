@@ -26,7 +26,7 @@ from mainrun.model.gpt import Network
 from mainrun.model.kernels import Case, Device, Packing
 from mainrun.model.layers import DropoutRate
 from tests import variants
-from tests.tiers import shown
+from tests.shown import shown
 from tests.variants import CONTEXT, VOCAB
 
 LONG = Packing(1024, False)

@@ -17,7 +17,7 @@ from mainrun.model.generate import generate
 from mainrun.model.initializers import Initializer
 from mainrun.training.loss import token_loss
 from tests import variants
-from tests.tiers import shown
+from tests.shown import shown
 from tests.variants import CONTEXT, VOCAB, WIDTH, network, params, tokens
 
 MODELS = variants.networks()

@@ -23,7 +23,7 @@ from mainrun.training import step
 from mainrun.training.optimizer import Optimizer
 from mainrun.training.step import TrainState
 from tests import variants
-from tests.tiers import shown
+from tests.shown import shown
 from tests.variants import CONTEXT, WIDTH, network, small, tokens
 
 RANK, ALPHA = 3, 6.0

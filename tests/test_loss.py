@@ -11,9 +11,9 @@ from mainrun import config
 from mainrun.training import loss as losses
 from mainrun.training import step as steps
 from mainrun.training.loss import Costs, TokenLoss
+from tests.shown import shown
 from tests.test_gpt import VOCAB, some_params, tiny
 from tests.test_step import make, some_batch
-from tests.tiers import shown
 
 KEYS = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
 SECOND = jnp.uint32(0x9E3779B9)  # turns a key into that of R-Drop's second pass

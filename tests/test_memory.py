@@ -16,7 +16,7 @@ from mainrun.memory.peak import Estimate, estimate
 from mainrun.parts import num_micro_batches
 from mainrun.record import read_events
 from tests.conftest import REPOSITORY, Mainrun
-from tests.tiers import shown
+from tests.shown import shown
 
 TOLERANCE = 0.2  # the issue's; the worst of these is off by a tenth
 

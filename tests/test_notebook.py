@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests import notebook
+from tools import notebook
 
 COMMITTED = notebook.read()
 CODE = [cell for cell in COMMITTED.cells if cell.cell_type == "code"]

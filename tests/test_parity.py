@@ -22,6 +22,7 @@ import tiktoken
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
+from benchmarks import pytorch
 from mainrun import config, export
 from mainrun.config import Config
 from mainrun.data import tiktoken_encoding, tokenizers
@@ -31,7 +32,6 @@ from mainrun.export.architectures import architecture
 from mainrun.model.gpt import Network, Params
 from mainrun.trained import Trained
 from tests import variants
-from tests.bench import pytorch
 
 SCRIPT = Path(__file__).parent / "transformers_models.py"
 

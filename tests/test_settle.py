@@ -14,7 +14,7 @@ from mainrun.errors import UserError
 from mainrun.memory import compiled, settle
 from mainrun.training import backend
 from tests.conftest import Mainrun
-from tests.tiers import shown
+from tests.shown import shown
 
 VOCAB = 4000
 # 768 tokens a batch: one of more than 1,024 a CPU cuts further by itself.

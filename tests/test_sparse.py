@@ -11,8 +11,8 @@ import pytest
 
 from mainrun import config
 from mainrun.model import sparse
+from tests.shown import shown
 from tests.test_masks import NUM_HEADS, visible, visible_grid
-from tests.tiers import shown
 
 BATCH, TIME = 2, 75  # neither whole tiles nor whole strides of any case below
 

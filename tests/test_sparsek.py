@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mainrun.model import sparsek
-from tests.tiers import shown
+from tests.shown import shown
 
 
 class Case(NamedTuple):

@@ -14,8 +14,8 @@ from mainrun.model.gpt import Network
 from mainrun.training import averaging, divergence, noise
 from mainrun.training import optimizer as optimizers
 from mainrun.training import step as steps
+from tests.shown import shown
 from tests.test_gpt import CONTEXT, VOCAB, tiny
-from tests.tiers import shown
 
 CONSTANT = optax.constant_schedule(1e-2)
 PLAIN, ADAMW = config.Training(), config.AdamW()

@@ -1,4 +1,4 @@
-"""mainrun's step against `tests/torch_gpt.py`: same weights, same batches, no dropout.
+"""mainrun's step against `benchmarks/torch_gpt.py`: same weights, same batches, no dropout.
 
 PyTorch runs in its own interpreter, so each comparison is files: weights and batches out, what
 PyTorch made of them back. Both sides are float32; over twenty steps their rounding parts the losses
@@ -17,11 +17,11 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import pytorch
 from mainrun import config, parts
 from mainrun.data.batches import Batch
 from mainrun.model.gpt import Network
 from mainrun.training import optimizer, schedule, step
-from tests.bench import pytorch
 
 pytestmark = pytest.mark.skipif(pytorch.interpreter() is None, reason=pytorch.MISSING)
 

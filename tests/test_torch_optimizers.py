@@ -15,10 +15,10 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import pytorch
 from mainrun import config
 from mainrun.training import optimizer as optimizers
 from mainrun.training import precision
-from tests.bench import pytorch
 
 pytestmark = pytest.mark.skipif(pytorch.interpreter() is None, reason=pytorch.MISSING)
 

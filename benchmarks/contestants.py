@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks import pytorch
 from mainrun import config, huge_pages
-from tests.bench import pytorch
 
 Device = Literal["cpu", "gpu"]
 
@@ -87,7 +87,7 @@ def command(
         file.write_text(json.dumps(plain))
         given = {key: settings[key] for key in ("windows", "weights")}
         path.write_text(json.dumps({"config": str(file), **given}))
-        return [sys.executable, "-m", "tests.bench.ours", str(path)]
+        return [sys.executable, "-m", "benchmarks.ours", str(path)]
     torch = pytorch.interpreter()
     assert torch is not None
     device = {"cpu": "cpu", "gpu": "cuda"}[contestant.device]

@@ -1,4 +1,4 @@
-"""Which settings lower the loss, and by how much more than chance: `python -m tests.bench.recipes`.
+"""Which settings lower the loss, and by how much more than chance: `python -m benchmarks.recipes`.
 
 Each recipe differs from the first in what its line says, and is trained with several seeds by the
 real command. A seed decides the split as well as the weights, so recipes are compared seed by seed:
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.bench import report
+from benchmarks import report
 
 BASE = (
     "config/base.yaml",
@@ -104,7 +104,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.recipes", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__)
     parser.add_argument("--source", default="file:../shared/data/hn_titles.txt")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(RECIPES), choices=list(RECIPES))

@@ -1,4 +1,4 @@
-"""Does `bayes` find better settings than `random`? `python -m tests.bench.search`.
+"""Does `bayes` find better settings than `random`? `python -m benchmarks.search`.
 
 Both search the space of `config/sweep/quickstart.yaml` as a sweep does, one trial after the other,
 but a trial's loss is computed in no time: by a closed form, and by a formula fitted to real runs
@@ -27,7 +27,7 @@ from scipy.stats import t as student
 from mainrun.sweep import sampler, sweep_file
 from mainrun.sweep.search_space import SearchSpace
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parent.parent
 SPACE = ROOT / "config" / "sweep" / "quickstart.yaml"
 RUNS = Path(__file__).with_name("search_runs.csv")
 PAGE = ROOT / "docs" / "search.md"
@@ -80,7 +80,7 @@ def fitted(runs: Sequence[Values], losses: Sequence[float]) -> Objective:
         f"{min(y):.3f} to {max(y):.3f}; its residuals deviate by {noise:.4f}, and its least may "
         "lie below every run. Each run is the quickstart with two layers of width 48, 4,000 "
         "documents, a vocabulary of 1,024, batches of 16 and four epochs, at random settings of "
-        "the space (`tests/bench/search_runs.csv`)"
+        "the space (`benchmarks/search_runs.csv`)"
     )
     return Objective(
         "Real runs", lambda values: float(np.array(features(values)) @ weights), noise, says
@@ -91,7 +91,9 @@ def read_runs(path: Path) -> tuple[list[Values], list[float]]:
     """Settings and losses of the table that a sweep left."""
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val/loss"]]
-    settings = [{name: float(row[name]) for name in (RATE, DECAY, DROPOUT)} for row in rows]
+    settings: list[Values] = [
+        {name: float(row[name]) for name in (RATE, DECAY, DROPOUT)} for row in rows
+    ]
     return settings, [float(row["val/loss"]) for row in rows]
 
 
@@ -191,12 +193,12 @@ def _wrapped(text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.search", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    text = page(options.seeds, ["python", "-m", "tests.bench.search", *arguments])
+    text = page(options.seeds, ["python", "-m", "benchmarks.search", *arguments])
     options.output.write_text(text, encoding="utf-8")
     print(text)
 

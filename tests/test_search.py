@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import search
+from benchmarks.search import DECAY, DROPOUT, RATE
 from mainrun.sweep import sweep_file
-from tests.bench import search
-from tests.bench.search import DECAY, DROPOUT, RATE
 
 SETTINGS = [
     {RATE: rate, DECAY: decay, DROPOUT: dropout}

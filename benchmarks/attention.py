@@ -1,4 +1,4 @@
-"""What each kind of attention costs as the context grows: `python -m tests.bench.attention`.
+"""What each kind of attention costs as the context grows: `python -m benchmarks.attention`.
 
 One forward and backward pass of attention alone, projections left out: batch 1, 8 heads of 64,
 float32, against dense causal attention in this tree. Peak bytes are the compiler's temporaries of
@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from benchmarks import report
 from mainrun import config
 from mainrun.model import masks, sparse, sparsek
 from mainrun.model.attention import attend
 from mainrun.training import backend
-from tests.bench import report
 
 HEADS, DIM = 8, 64
 NEAR = 128  # window and stride, tokens
@@ -42,7 +42,7 @@ def kinds() -> dict[str, Callable[..., jax.Array]]:
     def selected(q: jax.Array, k: jax.Array, v: jax.Array, scores: jax.Array) -> jax.Array:
         return sparsek.attend(q, k, v, scores, num_selected=64, window_including_self=64)
 
-    patterns = {
+    patterns: dict[str, config.Pattern] = {
         "local": config.LocalKeys(window_including_self=NEAR),
         "fixed": config.FixedKeys(stride=NEAR, num_verts=4, vertsize=8),
         "strided": config.StridedKeys(stride=NEAR),
@@ -125,7 +125,7 @@ def markdown(rows: Sequence[dict], lengths: Sequence[int]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="task bench-attention", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="FILE.json and FILE.md beside it")
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str]) -> None:
     text = markdown(rows, options.lengths)
     print(text)
     if options.output is not None:
-        command = ["python", "-m", "tests.bench.attention", *arguments]
+        command = ["python", "-m", "benchmarks.attention", *arguments]
         record = {**report.machine(command, fingerprint="random inputs"), "rows": rows}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import contestants, page, peaks, pytorch, race, ratios, sizes, steady
+from benchmarks.__main__ import equal_settings
+from benchmarks.contestants import Contestant, environment, field
+from benchmarks.ratios import Record, Spread
+from benchmarks.worker import Answer, Worker, WorkerFailed
 from mainrun import config, parts
-from tests.bench import contestants, page, peaks, pytorch, race, ratios, sizes, steady
-from tests.bench.__main__ import equal_settings
-from tests.bench.contestants import Contestant, environment, field
-from tests.bench.ratios import Record, Spread
-from tests.bench.worker import Answer, Worker, WorkerFailed
 
 MIB = 2**20
 FOLDER = pytorch.ROOT / page.FOLDER
@@ -86,7 +86,7 @@ def test_peaks_are_of_this_device_and_plausible() -> None:
 def test_the_page_is_what_the_records_say_and_names_what_was_not_run() -> None:
     records = {f.stem: json.loads(f.read_text("utf-8")) for f in FOLDER.glob("*.json")}
     text = page.page(records)
-    assert FOLDER.with_suffix(".md").read_text("utf-8") == text, "python -m tests.bench.page"
+    assert FOLDER.with_suffix(".md").read_text("utf-8") == text, "python -m benchmarks.page"
     assert "## `gpt124m`\n\nNot run." in page.page({})
 
 
@@ -235,7 +235,7 @@ def test_mainrun_takes_part_with_its_own_loop(corpus: Path, tmp_path: Path) -> N
 @pytest.mark.skipif(pytorch.interpreter() is None, reason=pytorch.MISSING)
 def test_the_real_contestants_run_and_learn_the_same(corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "bench"
-    command = ["-m", "tests.bench", f"data.source=file:{corpus}", "--sizes", "tiny"]
+    command = ["-m", "benchmarks", f"data.source=file:{corpus}", "--sizes", "tiny"]
     options = [
         "--rounds",
         "2",
@@ -255,7 +255,8 @@ def test_the_real_contestants_run_and_learn_the_same(corpus: Path, tmp_path: Pat
     record = json.loads((output / "tiny.json").read_text())
     assert record["devices"] == ["cpu", "gpu"]
     (comparison, *_) = record["comparisons"]
-    assert list(comparison["rows"]) == ["torch f32 stock", "torch f32 tuned malloc", "mainrun f32"]
+    in_float32 = [name for name in comparison["rows"] if "bf16" not in name]  # that: with AMX only
+    assert in_float32 == ["torch f32 stock", "torch f32 tuned malloc", "mainrun f32"]
     parameters = {name: facts["parameters"] for name, facts in comparison["facts"].items()}
     assert len(set(parameters.values())) == 1, parameters
     for name, row in comparison["rows"].items():

@@ -1,4 +1,4 @@
-"""What a device can do at most: `python -m tests.bench.peaks`, one line of JSON.
+"""What a device can do at most: `python -m benchmarks.peaks`, one line of JSON.
 
 The fastest of some products of square matrices and of some copies; beside it the datasheet's
 bfloat16, where it is known, which no program reaches.

@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` from the records in `docs/benchmarks/`: `python -m tests.bench.page`.
+"""`docs/benchmarks.md` from the records in `docs/benchmarks/`: `python -m benchmarks.page`.
 
 A benchmark stores what it measured as JSON; the page is a view of all that is stored and is never
 edited, so that no number in it was typed by hand.
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import population, report, steady
+from benchmarks import population, report, steady
 
 FOLDER = Path("docs/benchmarks")  # from the repository's root, where benchmarks are run
 _STEPS = ("small", "baseline", "large", "gpt124m")
@@ -36,7 +36,7 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [
         "# Benchmarks",
         _wrapped(
-            "Made by `python -m tests.bench.page` of the records in this page's folder; nothing "
+            "Made by `python -m benchmarks.page` of the records in this page's folder; nothing "
             "here is written by hand. Each section says which command measured it, and on what. "
             "Seconds of a shared machine swing; the ratios are of times taken in turn."
         ),

@@ -1,4 +1,4 @@
-"""mainrun as a contestant: `python -m tests.bench.ours SETTINGS.json`, lines as `worker.py` says.
+"""mainrun as a contestant: `python -m benchmarks.ours SETTINGS.json`, lines as `worker.py` says.
 
 It runs the loop of a real run over real batches. Only what PyTorch's side has no
 counterpart of is left out: evaluations, checkpoints, and writing the metrics down.
@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import given
 from mainrun import config, parts
 from mainrun.compilation import compile_step, initial_state
 from mainrun.model.gpt import num_parameters
 from mainrun.training import backend, loop, step
 from mainrun.training.checkpoint import Progress
 from mainrun.training.trainee import Alone
-from tests.bench import given
 
 
 class Surroundings:
@@ -37,7 +37,7 @@ class Surroundings:
     def save(self, state: step.TrainState, progress: Progress, *, best: bool) -> None:
         pass
 
-    def saved(self, like: step.TrainState) -> step.TrainState:
+    def saved(self, step: int, like: step.TrainState) -> step.TrainState:
         raise AssertionError("nothing is saved, and the plan goes back to nothing")
 
     def log(self, event: str, step: int, fields: Mapping[str, float | str]) -> None:

@@ -4,7 +4,7 @@ Nothing of mainrun is imported here, and nothing of mainrun imports this: PyTorc
 interpreter of its own (`.venv-torch`), so this file is run as a script, in one of two ways.
 
     trajectory IN.npz OUT.npz     the given weights trained on the given batches; what came of it
-    bench SETTINGS.json           a contestant of `tests/bench`, one line in, one line out
+    bench SETTINGS.json           a contestant of the benchmark, one line in, one line out
 
 The model is the one of the assessment: tied head, learned positions that start at zero, pre-norm
 blocks, exact GELU, attention written out with dropout on its weights. One thing is added, for the
@@ -248,7 +248,7 @@ def _named(model: Gpt) -> list[tuple[str, Tensor]]:
 
 
 def bench(settings_path: str) -> None:
-    """Answers `n` lines with `R` lines, as `tests/bench/worker.py` describes.
+    """Answers `n` lines with `R` lines, as `worker.py` describes.
 
     The step is the original script's, in its order, `loss.item()` included. With `is_compiled` it
     is PyTorch at its best: model and loss compiled, attention fused, TF32 products where float32 is

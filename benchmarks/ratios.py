@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from tests.bench.worker import Answer
+from benchmarks.worker import Answer
 
 LOSS_TOLERANCE = 0.05
 """Nats per token. Only dropout is drawn differently: 0.001 at the first step of 1,024 tokens, 0.013

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ratios import LOSS_TOLERANCE, Record, Row, Spread
 from mainrun import environment as environments
 from mainrun.markdown import table
-from tests.bench.ratios import LOSS_TOLERANCE, Record, Row, Spread
 
 RUN_STEPS = 938
 """Of the original assessment's run."""

@@ -1,6 +1,6 @@
 """What is timed: sizes of the model, each with the devices it is for."""
 
-from tests.bench.contestants import Device
+from benchmarks.contestants import Device
 
 SIZES: dict[str, tuple[tuple[Device, ...], tuple[str, ...]]] = {
     # Everything real but small: whether the harness works, not how fast anything is.

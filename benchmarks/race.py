@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.bench.contestants import Contestant, environment
-from tests.bench.pytorch import ROOT
-from tests.bench.ratios import Record
-from tests.bench.worker import Answer, Worker
+from benchmarks.contestants import Contestant, environment
+from benchmarks.pytorch import ROOT
+from benchmarks.ratios import Record
+from benchmarks.worker import Answer, Worker
 
 Say = Callable[[str], None]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 
+from benchmarks import contestants, given, page, pytorch, race, ratios, report
+from benchmarks.contestants import Contestant
+from benchmarks.sizes import SIZES, bytes_per_step
 from mainrun import config, parts
 from mainrun.training import flops
-from tests.bench import contestants, given, page, pytorch, race, ratios, report
-from tests.bench.contestants import Contestant
-from tests.bench.sizes import SIZES, bytes_per_step
 
 TITLES = Path("../shared/data/hn_titles.txt")  # from the repository's root, where this is run
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     jax.config.update("jax_platforms", "cpu")  # of this process: the GPU is the contestants'
     gpu = _gpu()
-    command = ["python", "-m", "tests.bench", *arguments]
+    command = ["python", "-m", "benchmarks", *arguments]
     is_refused = False
     for size in options.sizes:
         record = _record(size, gpu, torch, options, command)
@@ -143,7 +143,7 @@ def _flops_per_step(run: config.Config, vocab_size: int) -> float:
 def _peaks(contestant: Contestant, folder: Path) -> dict[str, Any]:
     """What the device can do at most, measured while the contestants are gone."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.peaks"],
+        [sys.executable, "-m", "benchmarks.peaks"],
         env=contestants.environment(contestant, folder / "cache"),
         cwd=pytorch.ROOT,
         capture_output=True,
@@ -186,7 +186,7 @@ def _say(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.bench",
+        prog="python -m benchmarks",
         description="Whole optimizer steps of mainrun against the equal PyTorch step.",
         allow_abbrev=False,
     )

@@ -1,4 +1,4 @@
-"""Trials per hour of a sweep: `python -m tests.bench.population`.
+"""Trials per hour of a sweep: `python -m benchmarks.population`.
 
 One process per trial (start, compile, train), against the embedded engine, which reads and compiles
 once, and against the same with trials side by side. Every contestant trains the same small trials
@@ -7,6 +7,7 @@ trial on, and once more one that is empty each time.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -18,10 +19,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from mainrun import config
 from mainrun.markdown import table
 from mainrun.training import backend
-from tests.bench import report
 
 TRIALS = 24
 SMALL = (
@@ -41,7 +42,7 @@ MAINRUN = [sys.executable, "-c", "import sys; from mainrun.cli import main; sys.
 
 
 def main() -> None:
-    from tests.bench import page  # which shows this record among others
+    from benchmarks import page  # which shows this record among others
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=page.FOLDER, help="folder of the records")
@@ -53,7 +54,7 @@ def main() -> None:
         "one process per trial": _processes,
         "mainrun sweep": _sweep,
         **{
-            f"mainrun sweep --population {n}": lambda where, n=n: _sweep(where, n)
+            f"mainrun sweep --population {n}": functools.partial(_sweep, population=n)
             for n in asked.side_by_side
         },
     }
@@ -68,7 +69,7 @@ def main() -> None:
     backend.prepare()
     record = {
         "kind": "population",
-        **report.machine(["python", "-m", "tests.bench.population", *sys.argv[1:]], ""),
+        **report.machine(["python", "-m", "benchmarks.population", *sys.argv[1:]], ""),
         "device": backend.describe_device(),
         "trials": TRIALS,
         "overrides": SMALL,

@@ -1,4 +1,4 @@
-"""`python -m tests.bench`: whole optimizer steps of mainrun against the equal PyTorch step.
+"""`python -m benchmarks`: whole optimizer steps of mainrun against the equal PyTorch step.
 
 On a shared machine seconds lie: it slows down two or three times for tens of seconds. Ratios
 within one round lie much less. So each contestant is one process that stays, one of them computes

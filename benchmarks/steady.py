@@ -1,4 +1,4 @@
-"""Whether a long run stays as it began: `python -m tests.bench.steady --steps 5000`.
+"""Whether a long run stays as it began: `python -m benchmarks.steady --steps 5000`.
 
 A real `mainrun train` of a tiny model on packed documents, attention kept inside each. While it
 goes on, its resident memory is looked at from outside; when it has ended, its record says how long
@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
+from benchmarks.population import MAINRUN
 from mainrun import config
 from mainrun.markdown import table
 from mainrun.record import read_events
 from mainrun.training import backend
-from tests.bench import report
-from tests.bench.population import MAINRUN
 
 TINY = (
     "data.num_documents=2000",
@@ -98,9 +98,9 @@ def _seconds(timestamp: str) -> float:
 
 
 def main(arguments: Sequence[str]) -> None:
-    from tests.bench import page  # which shows this record among others
+    from benchmarks import page  # which shows this record among others
 
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.steady", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steady", description=__doc__)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--every", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=page.FOLDER, help="folder of the records")
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     backend.prepare()
     record = {
         "kind": "steady",
-        **report.machine(["python", "-m", "tests.bench.steady", *arguments], ""),
+        **report.machine(["python", "-m", "benchmarks.steady", *arguments], ""),
         "device": backend.describe_device(),
         **found,
     }

@@ -1,7 +1,7 @@
 """How PyTorch is reached: the interpreter that has it, and a run's settings in its script's terms.
 
-PyTorch is never importable beside JAX here; `tests/torch_gpt.py` runs under an interpreter of its
-own, made by `task oracle`.
+PyTorch is never importable beside JAX here; `torch_gpt.py` runs under an interpreter of its own,
+made by `task oracle`.
 """
 
 import os
@@ -11,8 +11,8 @@ from typing import Any
 
 from mainrun import config
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "torch_gpt.py"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "torch_gpt.py"
 MISSING = "no PyTorch: `task oracle` makes .venv-torch, or name one in MAINRUN_TORCH_PYTHON"
 
 
@@ -32,7 +32,7 @@ def sees_gpu(python: Path) -> bool:
 def settings(
     run: config.Config, *, vocab_size: int, total_steps: int, steps_per_epoch: int
 ) -> dict[str, Any]:
-    """What `tests/torch_gpt.py` must know to train as this run does."""
+    """What `benchmarks/torch_gpt.py` must know to train as this run does."""
     schedule = run.schedule
     assert isinstance(schedule, config.Cosine), "the PyTorch side knows the cosine only"
     optimizer = config.as_dict(run)["optimizer"]
@@ -41,6 +41,7 @@ def settings(
         steps_per_epoch=steps_per_epoch,
         tokens_per_step=run.training.batch_size * run.data.context_length,
     )
+    assert isinstance(run.model, config.Gpt)
     return {
         "seed": run.seed,
         "batch_size": run.training.batch_size,
