@@ -113,6 +113,15 @@ def config_to_resume(run_dir: Path, overrides: Sequence[str]) -> Config:
     return after
 
 
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints, in order; none where there is no folder of them."""
+    try:
+        names = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    except OSError:
+        return []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def is_finished(run_dir: Path) -> bool:
     """Whether the last process that trained here came to the end."""
     path = run_dir / "events.jsonl"

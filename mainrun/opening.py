@@ -18,14 +18,15 @@ from mainrun.config import Config
 from mainrun.console import be_quiet, say
 from mainrun.data import sources, tokenizers
 from mainrun.environment import write_environment
-from mainrun.errors import UserError
+from mainrun.errors import RunFailed, UserError
 from mainrun.live_run import LiveRun, Stopping, Watch
 from mainrun.origin import Base
 from mainrun.parts import Parts, Texts
 from mainrun.result import resume_command
 from mainrun.tracking import Silent, Tracker, open_tracker
+from mainrun.trained import Which
 from mainrun.training import backend, cluster, mesh
-from mainrun.training.checkpoint import Checkpoints, Progress, Restored
+from mainrun.training.checkpoint import Checkpoints, Damaged, Progress, Restored
 from mainrun.training.mesh import Layout
 from mainrun.training.step import TrainState
 from mainrun.wandb_run import check_wandb
@@ -44,6 +45,7 @@ class Prepared:
     run_dir: Path | None  # None: a new one, after the date and `name`
     name: str
     overrides: Sequence[str] | None = None  # of a run to go on with; None: a new run
+    step: int | None = None  # to go on from; None: the newest whole checkpoint
 
     @property
     def texts(self) -> Texts:
@@ -90,14 +92,16 @@ def prepare_to_resume(
     overrides: Sequence[str],
     *,
     command: Sequence[str],
+    checkpoint: Which = "newest",
     read: ReadTexts = read_texts,
     layout: Layout | None = None,
 ) -> Prepared:
     """A run to go on with, on whatever devices there are now.
 
-    Raises UserError where its folder or its data is not what it was.
+    Raises UserError where its folder or its data is not what it was, or lacks the checkpoint.
     """
     config = folder.config_to_resume(run_dir, overrides)
+    step = None if checkpoint == "newest" else trained.step_of(run_dir, checkpoint)
     base = trained.base_to_resume(config, run_dir)
     _prepare_process(config)
     layout = layout or _layout(config)
@@ -109,7 +113,7 @@ def prepare_to_resume(
         )
     config = _settled(config, texts, layout)
     joined = parts.assemble(config, texts, layout)
-    return Prepared(config, joined, base, command, run_dir, run_dir.name, overrides)
+    return Prepared(config, joined, base, command, run_dir, run_dir.name, overrides, step)
 
 
 @contextlib.contextmanager
@@ -135,7 +139,8 @@ def opened(
     else:
         assert prepared.run_dir is not None
         run_dir = prepared.run_dir
-        restored, damaged = _newest(run_dir, _restorable(config, joined, base))
+        like = _restorable(config, joined, base)
+        restored, damaged = _restored(run_dir, prepared.step, like)
         _check_same(f"checkpoint {restored.step if restored else None}")
         if restored is None and base is None and config.training.init_from is not None:
             base = trained.find_base(config, run_dir)
@@ -155,7 +160,7 @@ def opened(
             saved = Checkpoints(checkpoints, keep=config.training.checkpoint.keep)
             stack.enter_context(saved)
             if prepared.overrides is not None:
-                if damaged and restored:
+                if restored:
                     saved.set_aside_after(restored.step)
                 for reason in damaged:
                     tracker.log("warning", message=f"damaged checkpoint set aside: {reason}")
@@ -239,13 +244,22 @@ def _load_base(config: Config) -> Base | None:
     return trained.load_base(config)
 
 
-def _newest(run_dir: Path, like: TrainState) -> tuple[Restored | None, list[str]]:
-    """The newest whole checkpoint, read before the record is locked, so nothing is changed."""
+def _restored(
+    run_dir: Path, step: int | None, like: TrainState
+) -> tuple[Restored | None, list[str]]:
+    """The checkpoint to go on from, read before the record is locked, so nothing is changed."""
     path = run_dir / "checkpoints"
     if not path.is_dir():
         return None, []
     with Checkpoints(path, read_only=True) as stored:
-        return stored.restore_newest(like)
+        if step is None:
+            return stored.restore_newest(like)
+        try:
+            return Restored(step, *stored.restore(step, like)), []
+        except Damaged as error:
+            raise RunFailed(
+                f"{path / str(step)} is damaged ({error}): nothing was changed"
+            ) from error
 
 
 def _restorable(config: Config, joined: Parts, base: Base | None) -> TrainState:

@@ -13,6 +13,7 @@ from mainrun.config import Config
 from mainrun.console import say
 from mainrun.model.gpt import num_parameters
 from mainrun.opening import Prepared, opened, prepare, prepare_to_resume
+from mainrun.trained import Which
 from mainrun.training import backend, cluster
 from mainrun.training.loop import drive
 from mainrun.training.step import TrainState
@@ -28,17 +29,25 @@ def train(config: Config, run_dir: Path | None, name: str, *, command: Sequence[
         _go(prepare(config, run_dir, name, command=command))
 
 
-def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -> None:
-    """Go on from the newest whole checkpoint, as if never interrupted.
+def resume(
+    run_dir: Path,
+    overrides: Sequence[str],
+    *,
+    command: Sequence[str],
+    checkpoint: Which = "newest",
+) -> None:
+    """Go on from the newest whole checkpoint, as if never interrupted; or from another.
 
-    A finished run is told so and left alone. Raises UserError, RunFailed or Stopped.
+    Checkpoints after that one are set aside. A finished run is told so and left alone.
+
+    Raises UserError, RunFailed or Stopped.
     """
     folder.config_to_resume(run_dir, overrides)
-    if not overrides and folder.is_finished(run_dir):
+    if not overrides and checkpoint == "newest" and folder.is_finished(run_dir):
         say(f"{run_dir} is finished: nothing is left to do")
         return
     with cluster.together():
-        _go(prepare_to_resume(run_dir, overrides, command=command))
+        _go(prepare_to_resume(run_dir, overrides, command=command, checkpoint=checkpoint))
 
 
 def dry_run(config: Config) -> str:

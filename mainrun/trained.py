@@ -1,5 +1,6 @@
 """What a run folder is good for afterwards: its parameters, evaluated, asked for text, built on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from mainrun.record import metrics, read_events
 from mainrun.training import backend, evaluate
 from mainrun.training.checkpoint import Checkpoints, Damaged
 
-Which = Literal["best", "newest"]
+Which = Literal["best", "newest"] | int
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +60,12 @@ def load(
     overrides: Sequence[str] = (),
     *,
     checkpoint: Which = "best",
-    step: int | None = None,
     average: bool = False,
 ) -> Trained:
-    """The best checkpoint by `val/loss`, or the newest, or that of a step.
+    """The run's best checkpoint, or its newest, or that of a step: see `step_of`.
 
-    `average` takes the average of the weights, best by its own loss. Without any evaluation the
-    newest is the best. Raises UserError where there is none.
+    `average` takes the average of the weights, best by its own loss. Raises UserError where there
+    is none.
     """
     config = folder.stored_config(run_dir, overrides)
     if average and config.training.weight_average is None:
@@ -81,28 +81,14 @@ def load(
     if config.model.lora is not None:
         frozen = find_base(config, run_dir).params
         like, _ = lora.split(like)
-    checkpoints = run_dir / "checkpoints"
-    if not checkpoints.is_dir():
-        raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")
-    with Checkpoints(checkpoints, read_only=True) as saved:
-        kept = saved.steps()
-        if not kept:
-            raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")
-        present = ", ".join(map(str, kept))
-        if step is None:
-            loss = "val_average/loss" if average else "val/loss"
-            step = _best(run_dir, kept, loss) if checkpoint == "best" else kept[-1]
-        elif step not in kept:
-            raise UserError(
-                f"{run_dir} no longer has its checkpoint of step {step}: nothing else will do, and "
-                f"there are {present}"
-            )
+    step = step_of(run_dir, checkpoint, "val_average/loss" if average else "val/loss")
+    with Checkpoints(run_dir / "checkpoints", read_only=True) as saved:
         try:
             params = saved.restore_params(step, like, average=average)
         except Damaged as error:
             raise UserError(
-                f"{run_dir}/checkpoints/{step} is damaged ({error}): put it back from a copy; "
-                f"there are {present}"
+                f"{run_dir}/checkpoints/{step} is damaged ({error}): put it back from a copy, or "
+                f"say --checkpoint STEP; there are {', '.join(map(str, saved.steps()))}"
             ) from error
     return Trained(config, tokenizer, network, frozen | params, step)
 
@@ -169,7 +155,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _base(run_dir: Path, step: int | None) -> Base:
-    found, beneath = load(run_dir, step=step), ""
+    found, beneath = load(run_dir, checkpoint="best" if step is None else step), ""
     stored = found.params
     if found.config.model.lora is not None:
         reference = folder.base_reference(run_dir)
@@ -180,13 +166,32 @@ def _base(run_dir: Path, step: int | None) -> Base:
     )
 
 
-def _best(run_dir: Path, kept: list[int], loss: str) -> int:
-    losses = {
-        int(row["step"]): row[loss]
-        for row in metrics(read_events(run_dir / "events.jsonl"))
-        if loss in row and row["step"] in kept
-    }
-    return min(losses, key=lambda s: losses[s]) if losses else kept[-1]
+def step_of(run_dir: Path, checkpoint: Which, loss: str = "val/loss") -> int:
+    """The step that this means among the checkpoints there are; of those never scored the newest.
+
+    Raises UserError where the run has no such checkpoint.
+    """
+    steps = folder.checkpoint_steps(run_dir)
+    if not steps:
+        raise UserError(f"{run_dir} has no checkpoint yet: resume it with `mainrun resume`")
+    match checkpoint:
+        case "newest":
+            return steps[-1]
+        case "best":
+            rows = metrics(read_events(run_dir / "events.jsonl"))
+            scored = {
+                int(row["step"]): row[loss]
+                for row in rows
+                if math.isfinite(row.get(loss, math.nan))
+            }
+            return min(scored.keys() & set(steps), key=scored.__getitem__, default=steps[-1])
+        case step:
+            if step not in steps:
+                raise UserError(
+                    f"{run_dir} has no checkpoint of step {step} (any more): there are "
+                    f"{', '.join(map(str, steps))}"
+                )
+            return step
 
 
 def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:

@@ -122,10 +122,10 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(
         saved.save(2, state(2), Progress())  # its place is free again
         saved.set_aside_after(1)
     # Nothing was deleted, and who opens the folder next sees neither.
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.damaged", "2.damaged-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.set-aside", "2.set-aside-2"]
     with Checkpoints(tmp_path, keep=2) as saved:
         assert saved.steps() == [1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.damaged", "2.damaged-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.set-aside", "2.set-aside-2"]
 
 
 def test_a_single_flipped_bit_in_a_large_array_is_noticed(tmp_path: Path) -> None:

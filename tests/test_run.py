@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mainrun import config as configs
+from mainrun import trained
 from mainrun.record import WALL_CLOCK, metrics, read_events
 from tests.conftest import COMMAND, Mainrun
 
@@ -310,6 +311,33 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     resumed = next(e for e in events(run_dir) if e["event"] == "resumed")
     assert resumed["step"] == steps[-2]
     assert_same_end(run_dir, finished_run)
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_asked_for(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    steps = sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+    assert "there are" in mainrun("resume", run_dir, "--checkpoint", 39, code=2).stderr
+    mainrun("resume", run_dir, "--checkpoint", steps[0])
+    resumed = [e for e in events(run_dir) if e["event"] == "resumed"]
+    assert [e["step"] for e in resumed] == [steps[0]]
+    assert_same_end(run_dir, finished_run)
+    for step in steps[1:]:  # what was newer is there still, under another name
+        assert (run_dir / "checkpoints" / f"{step}.set-aside" / "params").is_dir()
+
+
+def test_the_best_checkpoint_is_that_of_the_least_finite_loss(
+    tmp_path: Path, finished_run: Path
+) -> None:
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    steps = sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+    with (run_dir / "events.jsonl").open("a") as record:
+        for step, loss in zip(steps, ['"NaN"', "0.5", '"-Infinity"'], strict=False):
+            record.write(f'{{"event": "evaluation", "step": {step}, "val/loss": {loss}}}\n')
+    assert len(steps) >= 2
+    assert trained.step_of(run_dir, "best") == steps[1]
+    assert trained.step_of(run_dir, "newest") == steps[-1]
 
 
 def _bytes(path: Path) -> int:

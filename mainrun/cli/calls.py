@@ -37,13 +37,23 @@ def train(options: argparse.Namespace) -> None:
 def resume(options: argparse.Namespace) -> None:
     from mainrun import run
 
-    run.resume(options.run_dir, _overrides(options.words), command=options.command_line)
+    run.resume(
+        options.run_dir,
+        _overrides(options.words),
+        command=options.command_line,
+        checkpoint=options.checkpoint,
+    )
 
 
 def evaluate(options: argparse.Namespace) -> None:
     from mainrun import trained
 
-    found = trained.load(options.run_dir, _overrides(options.words), average=options.average)
+    found = trained.load(
+        options.run_dir,
+        _overrides(options.words),
+        checkpoint=options.checkpoint,
+        average=options.average,
+    )
     metrics = trained.evaluate_run(found, options.data)
     if options.json:
         print(json.dumps({"step": found.step, **metrics}))
@@ -56,7 +66,12 @@ def evaluate(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> None:
     from mainrun import trained
 
-    found = trained.load(options.run_dir, _overrides(options.words), average=options.average)
+    found = trained.load(
+        options.run_dir,
+        _overrides(options.words),
+        checkpoint=options.checkpoint,
+        average=options.average,
+    )
     texts = trained.generate_texts(
         found,
         prompt=options.prompt,

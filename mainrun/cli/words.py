@@ -17,12 +17,24 @@ def train(command: argparse.ArgumentParser) -> None:
 
 
 def resume(command: argparse.ArgumentParser) -> None:
+    _of_a_run(command, checkpoint="newest")
+
+
+def _of_a_run(command: argparse.ArgumentParser, *, checkpoint: str) -> None:
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     command.add_argument("words", nargs="*", metavar="k=v", help=_OVERRIDES)
+    _checkpoint(command, checkpoint)
+
+
+def _checkpoint(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--checkpoint", type=_which, default=default, metavar="best|newest|STEP",
+        help=f"the best is that of the lowest val/loss (default {default})",
+    )  # fmt: skip
 
 
 def evaluate(command: argparse.ArgumentParser) -> None:
-    resume(command)
+    _of_a_run(command, checkpoint="best")
     _average(command)
     command.add_argument("--data", metavar="SOURCE", help="another source, all of its documents")
     command.add_argument("--json", action="store_true", help="one JSON object")
@@ -33,7 +45,7 @@ def generate(command: argparse.ArgumentParser) -> None:
         does = f"{does} (default {default})" if default != "" else does
         command.add_argument(name, type=kind, default=default, metavar=metavar, help=does)
 
-    resume(command)
+    _of_a_run(command, checkpoint="best")
     _average(command)
     option("--prompt", str, "", "TEXT", "how each text begins")
     option("--num", _count, 5, "N", "texts")
@@ -51,7 +63,7 @@ def export(command: argparse.ArgumentParser) -> None:
         help="any model under mainrun's names; or what transformers opens, if a class holds it",
     )  # fmt: skip
     command.add_argument("--output", type=Path, metavar="DIR", required=True, help="a new folder")
-    command.add_argument("--checkpoint", choices=("best", "newest"), default="best")
+    _checkpoint(command, "best")
     _average(command)
 
 
@@ -204,6 +216,10 @@ def _or_argument_error(checked: Callable[[str], str], text: str) -> str:
         return checked(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _which(text: str) -> str | int:
+    return text if text in ("best", "newest") else _count(text)
 
 
 def _count(text: str) -> int:

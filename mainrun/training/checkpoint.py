@@ -247,15 +247,15 @@ class Checkpoints:
         return arrays, progress
 
     def set_aside_after(self, step: int) -> None:
-        """Rename newer checkpoints, which are damaged, so that their steps can be saved again."""
+        """Rename newer checkpoints, so that their steps can be saved again; none is deleted."""
         self.wait()
         for newer in self.steps():
             if newer > step:
-                aside = self._folder / f"{newer}.damaged"
+                aside = self._folder / f"{newer}.set-aside"
                 for number in itertools.count(2):
                     if not aside.exists():
                         break
-                    aside = aside.with_name(f"{newer}.damaged-{number}")
+                    aside = aside.with_name(f"{newer}.set-aside-{number}")
                 os.rename(self._folder / str(newer), aside)
                 self._held.discard(newer)
         self._manager.reload()
