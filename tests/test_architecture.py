@@ -19,7 +19,17 @@ PACKAGE = ROOT / "mainrun"
 # names joined by "+" are one concept in several files, which see each other as a package's do.
 LAYERS = [
     ["errors"],
-    ["yaml12", "complaints", "promoted", "environment", "gpu", "locks", "stop", "huge_pages"],
+    [
+        "yaml12",
+        "complaints",
+        "promoted",
+        "environment",
+        "gpu",
+        "locks",
+        "stop",
+        "huge_pages",
+        "snapshot",
+    ],
     ["config"],
     [
         "host",
