@@ -1,8 +1,8 @@
 """The page that a job leaves on GitHub: whether it worked, why not, what came of it, what to do.
 
-Made from three things, any of which may be missing: the job's record (`out/job.json`), the run
-folder as it lies on the machine, and the last lines of the log. All three are data, which nobody
-has looked at before: whatever stands in them is shown and never read as markup.
+Made from three things, any of which may be missing: the job's record (`out/job.json`), the copy of
+the run folder beside it, and the last lines of the log. All three are data, which nobody has looked
+at before: whatever stands in them is shown and never read as markup.
 """
 
 import re
@@ -73,11 +73,13 @@ class _Run:
         return PurePosixPath(self.called).name
 
 
-def markdown(job: Mapping[str, Any], runs: Path | None, log_tail: Sequence[str]) -> str:
+def markdown(
+    job: Mapping[str, Any], runs: Path | None, log_tail: Sequence[str], missing: str = ""
+) -> str:
     """The page for a job, of less than 1 MiB.
 
-    `runs` is the folder of run folders on this machine. Secrets of this process's environment are
-    taken out.
+    `runs` is the folder with the copy of the run folder, which no container can write; `missing`
+    says what that copy lacks. Secrets of this process's environment are taken out.
     """
     secrets = secret_values()
     told: Mapping[str, Any] = without_secrets(job, secrets)
@@ -87,6 +89,7 @@ def markdown(job: Mapping[str, Any], runs: Path | None, log_tail: Sequence[str])
         *_headline(told, run),
         table(facts[0], facts[1:]),
         *(run.shown if run else []),
+        *_missing(str(without_secrets(missing, secrets))),
         *_how_to_go_on(told, run),
         *_log(told, log_tail, secrets),
     ]
@@ -224,6 +227,10 @@ def _time(job: Mapping[str, Any]) -> str:
     return (
         f"{summary.duration((ended - started).total_seconds())}, from {started:%Y-%m-%d %H:%M} UTC"
     )
+
+
+def _missing(sentence: str) -> list[str]:
+    return [f"**Not in the artifact:** {escaped(_sentence(sentence))}"] if sentence else []
 
 
 def _how_to_go_on(job: Mapping[str, Any], run: _Run | None) -> list[str]:

@@ -7,7 +7,6 @@ always runs, reads it also where nothing else ran. `out/` is all that is uploade
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mainrun import dispatch, host, images, job_summary, launch, machine, machine_report
+from mainrun import artifact, dispatch, host, images, job_summary, launch, machine, machine_report
 from mainrun.containers import connect
 from mainrun.ending import Ending
 from mainrun.environment import secret_values, without_secrets
@@ -27,7 +26,7 @@ from mainrun.markdown import message
 from mainrun.request import Request
 from mainrun.stop import listening
 
-_TAIL_LINES = 200
+_TAIL_BYTES = 2**20
 
 
 def check() -> None:
@@ -72,14 +71,13 @@ def stop() -> None:
 def summary() -> None:
     """Tells how the job ended, on its page, and puts its run folder beside `job.json`."""
     with _step("summary", required=False) as record:
-        runs = host.load().runs_dir
         if record.get("ending") is None:
             record["ending"] = asdict(_without_a_last_word(record))
         record["ended"] = _now()
-        _collect(runs, record)
-        log = _folder() / "job.log"
-        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-        _to_page(job_summary.markdown(record, runs, lines[-_TAIL_LINES:]))
+        missing = artifact.collect(host.load().runs_dir, record["run"], _folder())
+        # From the copy alone: where the run lies, the next container may write already.
+        runs, log = _folder() / "runs", _tail(_folder() / "job.log")
+        _to_page(job_summary.markdown(record, runs, log, missing))
 
 
 def status(*, reap: bool) -> bool:
@@ -219,66 +217,7 @@ def _with_artifact(request: Request, record: Mapping[str, Any]) -> Request:
     inputs = dispatch.inputs_from(os.environ)
     if not inputs.artifact:
         return request
-    return dispatch.named(request, inputs, _bring_in(Path("in"), host.load().runs_dir))
-
-
-def _bring_in(fetched: Path, runs: Path) -> str:
-    """Name of the run or sweep that was fetched, now among the machine's runs.
-
-    Attempts of one workflow run lie side by side; the last one knows the most.
-    """
-    found = [path for path in fetched.glob("**/runs/*") if _is_run(path)]
-    if not found:
-        raise UserError("there is no artifact with a run folder: has it expired? (30 days)")
-    newest = max(found, key=_attempt)
-    name = newest.name
-    if not dispatch.is_run_name(name):
-        raise UserError(f"the artifact's run folder has a name that no run has: {name!r}")
-    if (runs / name).exists():
-        raise UserError(f"{name} is on this machine's disk already: dispatch it with resume={name}")
-    runs.mkdir(parents=True, exist_ok=True)
-    partial = runs / f".{name}.{os.getpid()}"
-    try:
-        shutil.copytree(newest, partial, ignore=_links)
-        partial.rename(runs / name)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{runs / name}: cannot be written ({error.strerror})") from error
-    return name
-
-
-def _is_run(path: Path) -> bool:
-    """Whether it is the folder of a run, or of a sweep."""
-    files = (("config.yaml", "tokenizer.json"), ("sweep.yaml", "base.yaml"))
-    return any(all((path / file).is_file() for file in needed) for needed in files)
-
-
-def _attempt(path: Path) -> int:
-    """Of the job that its artifact is of: `train-<id>-<attempt>/runs/<name>`; a lone one has 0."""
-    found = re.search(r"-(\d+)$", path.parent.parent.name)
-    return int(found[1]) if found else 0
-
-
-def _collect(runs: Path, record: Mapping[str, Any]) -> None:
-    """The run folder into `out/`, by hard links where the disk is the same."""
-    if not record["run"]:
-        return
-    source = runs / Path(record["run"]).name
-    target = _folder() / "runs" / source.name
-    if source.is_dir() and not target.exists():
-        shutil.copytree(source, target, copy_function=_link_or_copy, ignore=_links)
-
-
-def _links(folder: str, names: list[str]) -> list[str]:
-    """Symbolic links, which may point anywhere."""
-    return [name for name in names if Path(folder, name).is_symlink()]
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    return dispatch.named(request, inputs, artifact.bring_in(Path("in"), host.load().runs_dir))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,6 +252,16 @@ def _annotate(sentence: str) -> None:
     for character, escape in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A")):
         text = text.replace(character, escape)
     _say(f"::error::{text}")
+
+
+def _tail(log: Path) -> list[str]:
+    """The last lines of the log, of which one may be endless."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            return file.read(_TAIL_BYTES).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _to_page(markdown: str) -> None:

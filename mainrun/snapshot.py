@@ -58,6 +58,14 @@ class Copy:
         if len(self.left_out) < _NAMED:
             self.left_out.append(f"{path} ({reason})")
 
+    def missing(self) -> str:
+        """What is left out, as a sentence; empty where nothing is."""
+        if not self.num_left_out:
+            return ""
+        noun = "file is" if self.num_left_out == 1 else "files are"
+        more = ", …" if self.num_left_out > len(self.left_out) else ""
+        return f"{self.num_left_out:,} {noun} left out: {', '.join(self.left_out)}{more}"
+
 
 class _LeftOut(Exception):
     """The reason why one file or folder is not copied."""

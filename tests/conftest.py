@@ -5,6 +5,7 @@ Everything here goes the path that users go; only sizes are small.
 
 import fcntl
 import io
+import json
 import os
 import random
 import shutil
@@ -145,6 +146,30 @@ def finished_run(
         if not (run_dir / "summary.json").exists():
             mainrun("train", *tiny, "--run-dir", run_dir)
     return run_dir
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The steps of a job run in it: an empty checkout, GitHub's variables, a machine of its own."""
+    for name in [n for n in os.environ if n.startswith(("GITHUB_", "INPUT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "runs": str(tmp_path / "disk"), "locks": str(tmp_path / "locks"), "gpus": "none",
+        "free_disk": "1m",
+    }  # fmt: skip
+    (tmp_path / "host.yaml").write_text(json.dumps(settings))
+    for name, value in {
+        "MAINRUN_HOST_CONFIG": str(tmp_path / "host.yaml"),
+        "GITHUB_RUN_ID": "77",
+        "GITHUB_RUN_ATTEMPT": "1",
+        "GITHUB_SHA": "b" * 40,
+        "GITHUB_ACTOR": "ada",
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "page.md"),
+        "DOCKER_HOST": "unix:///nonexistent",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ LAYERS = [
     ["containers"],
     ["request", "ending"],
     ["launch", "dispatch", "images + builder", "machine + machine_report + runners", "job_summary"],
-    ["doctor"],
+    ["doctor", "artifact"],
     ["jobs"],
     # above this line JAX may be imported
     ["model", "data"],

@@ -5,39 +5,17 @@ in test_workflows.py.
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from mainrun import jobs
+from mainrun import artifact, jobs
 from mainrun.errors import RunFailed, Stopped, UserError
 
 CANARY = "canary-0123456789-canary"
 
 
-@pytest.fixture(autouse=True)
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty checkout with GitHub's variables, and a machine of its own."""
-    for name in [n for n in os.environ if n.startswith(("GITHUB_", "INPUT_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    settings = {
-        "runs": str(tmp_path / "disk"), "locks": str(tmp_path / "locks"), "gpus": "none",
-        "free_disk": "1m",
-    }  # fmt: skip
-    (tmp_path / "host.yaml").write_text(json.dumps(settings))
-    for name, value in {
-        "MAINRUN_HOST_CONFIG": str(tmp_path / "host.yaml"),
-        "GITHUB_RUN_ID": "77",
-        "GITHUB_RUN_ATTEMPT": "1",
-        "GITHUB_SHA": "b" * 40,
-        "GITHUB_ACTOR": "ada",
-        "GITHUB_STEP_SUMMARY": str(tmp_path / "page.md"),
-        "DOCKER_HOST": "unix:///nonexistent",
-    }.items():
-        monkeypatch.setenv(name, value)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("workspace")
 
 
 def record() -> dict:
@@ -145,7 +123,7 @@ def fetched_run(workspace: Path, name: str = "baseline-5-1", attempt: int = 1) -
 def test_a_run_from_an_artifact_comes_among_the_machines_runs(workspace: Path):
     run = fetched_run(workspace)
     (run / "link").symlink_to("/etc/passwd")
-    assert jobs._bring_in(workspace / "in", workspace / "disk") == "baseline-5-1"
+    assert artifact.bring_in(workspace / "in", workspace / "disk") == "baseline-5-1"
     assert (workspace / "disk" / "baseline-5-1" / "config.yaml").is_file()
     assert not (workspace / "disk" / "baseline-5-1" / "link").exists()
 
@@ -154,19 +132,19 @@ def test_a_run_that_is_there_is_not_written_over(workspace: Path):
     fetched_run(workspace)
     (workspace / "disk" / "baseline-5-1").mkdir(parents=True)
     with pytest.raises(UserError, match="resume=baseline-5-1"):
-        jobs._bring_in(workspace / "in", workspace / "disk")
+        artifact.bring_in(workspace / "in", workspace / "disk")
 
 
 def test_an_artifact_without_a_run_is_refused(workspace: Path):
     (workspace / "in").mkdir()
     with pytest.raises(UserError, match="no artifact with a run folder"):
-        jobs._bring_in(workspace / "in", workspace / "disk")
+        artifact.bring_in(workspace / "in", workspace / "disk")
 
 
 def test_the_last_attempt_is_the_one_that_is_resumed(workspace: Path):
     for attempt in (9, 10, 2):
         fetched_run(workspace, f"baseline-5-{attempt}", attempt)
-    assert jobs._bring_in(workspace / "in", workspace / "disk") == "baseline-5-10"
+    assert artifact.bring_in(workspace / "in", workspace / "disk") == "baseline-5-10"
 
 
 def test_a_lone_artifact_and_a_sweep_are_found_too(workspace: Path):
@@ -175,11 +153,11 @@ def test_a_lone_artifact_and_a_sweep_are_found_too(workspace: Path):
     for file in ("sweep.yaml", "base.yaml", "trials/trial-001/config.yaml"):
         (sweep / file).write_text("seed: 1\n")
     (sweep / "trials" / "trial-001" / "tokenizer.json").write_text("{}")
-    assert jobs._bring_in(workspace / "in", workspace / "disk") == "lr-5-1"
+    assert artifact.bring_in(workspace / "in", workspace / "disk") == "lr-5-1"
     assert (workspace / "disk" / "lr-5-1" / "trials" / "trial-001" / "config.yaml").is_file()
 
 
 def test_a_name_that_no_run_has_is_refused(workspace: Path):
     fetched_run(workspace, name="-rf")
     with pytest.raises(UserError, match="a name that no run has"):
-        jobs._bring_in(workspace / "in", workspace / "disk")
+        artifact.bring_in(workspace / "in", workspace / "disk")
