@@ -5,13 +5,14 @@ shell. Whatever passes names a file of this checkout, settings that the config's
 a run on this machine; it reaches the container as a list of arguments.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mainrun import config, host
+from mainrun import config, host, snapshot
 from mainrun.errors import UserError
 from mainrun.host import Host
 from mainrun.request import Request, chosen_gpus
@@ -206,14 +207,17 @@ def _count(text: str) -> int | None:
 
 
 def _find_run(runs: Path, name: str) -> None:
-    if (runs / name).is_dir():
+    """UserError where there is no such folder; what is in it, the container finds out.
+
+    The other names may be a container's making: those that no run has are not repeated.
+    """
+    if snapshot.is_folder(runs / name):
         return
-    newest = sorted(
-        (path for path in runs.glob("[!.]*") if path.is_dir()),
-        key=lambda path: path.stat().st_mtime,
-        reverse=True,
-    )
-    known = ", ".join(path.name for path in newest[:5]) or "none"
+    if os.path.lexists(runs / name):
+        raise UserError(f"resume={name}: it is a link on this machine, or a file, and no run")
+    folders = [path for path in runs.glob("[!.]*") if snapshot.is_folder(path)]
+    newest = sorted(folders, key=lambda path: path.lstat().st_mtime, reverse=True)
+    known = ", ".join([path.name for path in newest if is_run_name(path.name)][:5]) or "none"
     raise UserError(f"resume={name}: no such run on this machine; the newest are {known}")
 
 

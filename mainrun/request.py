@@ -14,7 +14,7 @@ from typing import Any
 
 from docker.types import DeviceRequest, LogConfig, Mount, Ulimit
 
-from mainrun import containers, gpu
+from mainrun import containers, gpu, snapshot
 from mainrun.errors import UserError
 from mainrun.host import Host, num_bytes
 
@@ -55,7 +55,7 @@ def request_here(task: str, words: Sequence[str], host: Host) -> Request:
     words = [part for word in words for part in _option_and_value(word)]
     run = ""
     match task:
-        case "sweep" if words and (host.runs_dir / Path(words[0]).name).is_dir():
+        case "sweep" if words and snapshot.is_folder(host.runs_dir / Path(words[0]).name):
             run = Path(words[0]).name  # one that is gone on with
             words[0] = f"runs/{run}"
         case "train" | "sweep":
@@ -67,7 +67,7 @@ def request_here(task: str, words: Sequence[str], host: Host) -> Request:
             words = _with_output(words, f"runs/{label}-find-lr.png")
         case "resume" | "evaluate" | "generate" | "report":
             run = Path(words[0]).name if words else ""
-            if not run or not (host.runs_dir / run).is_dir():
+            if not run or not snapshot.is_folder(host.runs_dir / run):
                 raise UserError(f"{task}: {run or 'no run'} is not in {host.runs_dir}")
             words[0] = f"runs/{run}"
             if task == "report" and len(words) > 1:  # else it stands in the run's folder

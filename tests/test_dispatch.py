@@ -1,5 +1,6 @@
 """What may be typed on the GitHub page, and what is refused before anything runs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,30 @@ def test_a_run_that_is_not_there_is_answered_with_those_there_are(machine: Host,
     (tmp_path / "baseline-9-1").mkdir()
     with pytest.raises(UserError, match=r"resume=baseline-8-1: no such run.*baseline-9-1"):
         request(machine, resume="baseline-8-1")
+
+
+@pytest.mark.parametrize("task", ["train", "sweep"])
+@pytest.mark.parametrize("target", ["/etc", "real", "absent", "link"])
+def test_a_link_among_the_runs_is_not_resumed(
+    machine: Host, tmp_path: Path, task: str, target: str
+):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UserError, match=r"^resume=link: it is a link.*no run$"):
+        request(machine, task=task, resume="link")
+
+
+def test_of_the_names_among_the_runs_only_those_that_runs_have_are_repeated(
+    machine: Host, tmp_path: Path
+):
+    names = ["\n::add-mask::x", "a b", "..a", "[x](y)", "\x1b[31m", os.fsdecode(b"\xff"), "b" * 200]
+    for name in [*names, "baseline-9-1"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "etc").symlink_to("/etc")
+    (tmp_path / "gone").symlink_to("absent")
+    with pytest.raises(UserError) as error:
+        request(machine, resume="baseline-8-1")
+    assert str(error.value).endswith("the newest are baseline-9-1")
 
 
 def test_one_run_is_resumed_at_a_time(machine: Host):

@@ -126,6 +126,14 @@ def test_a_run_folder_of_this_machine_is_the_same_in_the_container(machine: Host
         request_here("resume", ["runs/other"], machine)
 
 
+@pytest.mark.parametrize("task", ["resume", "evaluate", "generate", "report"])
+def test_at_a_terminal_a_link_is_no_run_folder_either(machine: Host, tmp_path: Path, task: str):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to("/etc")
+    with pytest.raises(UserError, match="link is not in"):
+        request_here(task, ["runs/link"], machine)
+
+
 def test_what_writes_a_file_does_so_where_the_container_may(machine: Host, tmp_path: Path):
     """Its root is read-only; `runs/` is not."""
     for task, ending in (("profile", "-profile"), ("find-lr", "-find-lr.png")):
