@@ -7,9 +7,11 @@ container, and so was what came in an artifact.
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from mainrun import dispatch, snapshot
+from mainrun.console import printable
 from mainrun.errors import UserError, one_line
 from mainrun.snapshot import Bounds
 
@@ -38,40 +40,48 @@ def collect(runs: Path, run: str | None, out: Path) -> str:
         return f"the run folder could not be copied: {one_line(error)}"
 
 
-def bring_in(fetched: Path, runs: Path) -> str:
+def bring_in(fetched: Path, runs: Path, *, say: Callable[[str], None]) -> str:
     """Name of the run or sweep that was fetched, now among the machine's runs.
 
-    Attempts of one workflow run lie side by side; the last one knows the most.
+    Attempts of one workflow run lie side by side; the last one knows the most. Raises UserError.
     """
-    found = [path for path in fetched.glob("**/runs/*") if _is_run(path)]
+    found = _fetched_runs(fetched)
     if not found:
         raise UserError("there is no artifact with a run folder: has it expired? (30 days)")
     newest = max(found, key=_attempt)
     name = newest.name
     if not dispatch.is_run_name(name):
         raise UserError(f"the artifact's run folder has a name that no run has: {name!r}")
-    if (runs / name).exists():
+    if os.path.lexists(runs / name):
         raise UserError(f"{name} is on this machine's disk already: dispatch it with resume={name}")
-    runs.mkdir(parents=True, exist_ok=True)
-    partial = runs / f".{name}.{os.getpid()}"
     try:
-        shutil.copytree(newest, partial, ignore=_links)
-        partial.rename(runs / name)
+        runs.mkdir(parents=True, exist_ok=True)
+        copy = snapshot.copy(fetched, str(newest.relative_to(fetched)), runs / name)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{runs / name}: cannot be written ({error.strerror})") from error
+    if copy.num_left_out:
+        say(f"of the artifact's {name}: {printable(copy.missing())}")
     return name
 
 
-def _links(folder: str, names: list[str]) -> list[str]:
-    """Symbolic links, which may point anywhere."""
-    return [name for name in names if Path(folder, name).is_symlink()]
+def _fetched_runs(fetched: Path) -> list[Path]:
+    """`runs/NAME` of a lone artifact, `train-<id>-<attempt>/runs/NAME` of several.
+
+    Links are not looked through; the step before has unpacked it all, and nobody writes here now.
+    """
+    artifacts = [fetched, *_folders(fetched)]
+    return [run for artifact in artifacts for run in _folders(artifact / "runs") if _is_run(run)]
+
+
+def _folders(place: Path) -> list[Path]:
+    there = place.iterdir() if snapshot.is_folder(place) else ()
+    return [path for path in there if snapshot.is_folder(path)]
 
 
 def _is_run(path: Path) -> bool:
     """Whether it is the folder of a run, or of a sweep."""
     files = (("config.yaml", "tokenizer.json"), ("sweep.yaml", "base.yaml"))
-    return any(all((path / file).is_file() for file in needed) for needed in files)
+    return any(all(snapshot.is_file(path / file) for file in needed) for needed in files)
 
 
 def _attempt(path: Path) -> int:

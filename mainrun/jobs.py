@@ -217,7 +217,8 @@ def _with_artifact(request: Request, record: Mapping[str, Any]) -> Request:
     inputs = dispatch.inputs_from(os.environ)
     if not inputs.artifact:
         return request
-    return dispatch.named(request, inputs, artifact.bring_in(Path("in"), host.load().runs_dir))
+    name = artifact.bring_in(Path("in"), host.load().runs_dir, say=_say)
+    return dispatch.named(request, inputs, name)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -120,31 +120,37 @@ def fetched_run(workspace: Path, name: str = "baseline-5-1", attempt: int = 1) -
     return run
 
 
-def test_a_run_from_an_artifact_comes_among_the_machines_runs(workspace: Path):
-    run = fetched_run(workspace)
-    (run / "link").symlink_to("/etc/passwd")
-    assert artifact.bring_in(workspace / "in", workspace / "disk") == "baseline-5-1"
+def brought_in(workspace: Path) -> str:
+    return artifact.bring_in(workspace / "in", workspace / "disk", say=print)
+
+
+def test_a_run_from_an_artifact_comes_among_the_machines_runs(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+):
+    fetched_run(workspace)
+    assert brought_in(workspace) == "baseline-5-1"
+    assert [path.name for path in (workspace / "disk").iterdir()] == ["baseline-5-1"]
     assert (workspace / "disk" / "baseline-5-1" / "config.yaml").is_file()
-    assert not (workspace / "disk" / "baseline-5-1" / "link").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_that_is_there_is_not_written_over(workspace: Path):
     fetched_run(workspace)
     (workspace / "disk" / "baseline-5-1").mkdir(parents=True)
     with pytest.raises(UserError, match="resume=baseline-5-1"):
-        artifact.bring_in(workspace / "in", workspace / "disk")
+        brought_in(workspace)
 
 
 def test_an_artifact_without_a_run_is_refused(workspace: Path):
     (workspace / "in").mkdir()
     with pytest.raises(UserError, match="no artifact with a run folder"):
-        artifact.bring_in(workspace / "in", workspace / "disk")
+        brought_in(workspace)
 
 
 def test_the_last_attempt_is_the_one_that_is_resumed(workspace: Path):
     for attempt in (9, 10, 2):
         fetched_run(workspace, f"baseline-5-{attempt}", attempt)
-    assert artifact.bring_in(workspace / "in", workspace / "disk") == "baseline-5-10"
+    assert brought_in(workspace) == "baseline-5-10"
 
 
 def test_a_lone_artifact_and_a_sweep_are_found_too(workspace: Path):
@@ -153,11 +159,11 @@ def test_a_lone_artifact_and_a_sweep_are_found_too(workspace: Path):
     for file in ("sweep.yaml", "base.yaml", "trials/trial-001/config.yaml"):
         (sweep / file).write_text("seed: 1\n")
     (sweep / "trials" / "trial-001" / "tokenizer.json").write_text("{}")
-    assert artifact.bring_in(workspace / "in", workspace / "disk") == "lr-5-1"
+    assert brought_in(workspace) == "lr-5-1"
     assert (workspace / "disk" / "lr-5-1" / "trials" / "trial-001" / "config.yaml").is_file()
 
 
 def test_a_name_that_no_run_has_is_refused(workspace: Path):
     fetched_run(workspace, name="-rf")
     with pytest.raises(UserError, match="a name that no run has"):
-        artifact.bring_in(workspace / "in", workspace / "disk")
+        brought_in(workspace)

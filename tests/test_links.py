@@ -6,12 +6,14 @@ and in what is printed it must never be found.
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mainrun import jobs
+from mainrun import artifact, jobs
+from mainrun.errors import UserError
 from tests.adversary import exchange, planted_key, swapped_without_end, swapping
 from tests.test_summary import Log
 
@@ -46,7 +48,7 @@ def page_of(workspace: Path, task: str = "train") -> str:
 
 def assert_key_is_nowhere(workspace: Path, printed: str) -> None:
     assert "planted-canary" not in printed
-    for path in [workspace / "page.md", *(workspace / "out").rglob("*")]:
+    for path in [*workspace.glob("page.md"), *(workspace / "out").rglob("*")]:
         assert not path.is_symlink(), path
         assert path.is_dir() or b"planted-canary" not in path.read_bytes(), path
 
@@ -167,3 +169,92 @@ def test_a_record_of_a_job_that_names_another_folder_opens_none(workspace: Path,
         assert json.loads((workspace / "out" / "job.json").read_text())["ended"]
         assert (workspace / "out" / "job.log").is_file()
         assert list((workspace / "out").glob("runs/*")) == []
+
+
+# -------------------------------------------------------------------------------------------
+# What came in an artifact
+
+
+@pytest.fixture
+def fetched(workspace: Path) -> Path:
+    """The run folder of another job, unpacked by the step before."""
+    run = workspace / "in" / "train-5-1" / "runs" / "baseline-5-1"
+    (run / "checkpoints" / "2").mkdir(parents=True)
+    for file in ("config.yaml", "tokenizer.json", "checkpoints/2/array"):
+        (run / file).write_text("{}")
+    return run
+
+
+def bring_in(workspace: Path) -> str:
+    return artifact.bring_in(workspace / "in", workspace / "disk", say=print)
+
+
+def test_links_and_odd_names_of_an_artifact_do_not_come_in(
+    workspace: Path, fetched: Path, key: Path, capsys: pytest.CaptureFixture[str]
+):
+    (fetched / "events.jsonl").symlink_to(key)
+    (fetched / "plots").symlink_to(key.parent)
+    (fetched / "checkpoints" / "2" / "more").symlink_to("/proc/self/environ")
+    (fetched / "line\n::error::break").write_text("")
+    os.mkfifo(fetched / "fifo")
+    assert bring_in(workspace) == "baseline-5-1"
+    run = workspace / "disk" / "baseline-5-1"
+    files = {path.name for path in run.rglob("*") if not path.is_dir()}
+    assert files == {"config.yaml", "tokenizer.json", "array"}
+    printed = capsys.readouterr().out
+    assert "5 files are left out" in printed
+    assert len(printed.splitlines()) == 1
+    assert_key_is_nowhere(workspace, printed)
+
+
+@pytest.mark.parametrize(
+    "place", ["", "train-5-1", "train-5-1/runs", "train-5-1/runs/baseline-5-1"]
+)
+def test_an_artifact_that_is_a_link_anywhere_on_the_way_brings_nothing(
+    workspace: Path, fetched: Path, place: str
+):
+    path = workspace / "in" / place
+    path.rename(workspace / "real")
+    path.symlink_to(workspace / "real")
+    with pytest.raises(UserError, match="no artifact with a run folder"):
+        bring_in(workspace)
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "tokenizer.json"])
+def test_a_run_whose_own_files_are_links_is_none(workspace: Path, fetched: Path, file: str):
+    replaced(fetched / file, Path("/etc/hostname"))
+    with pytest.raises(UserError, match="no artifact with a run folder"):
+        bring_in(workspace)
+
+
+def test_a_run_hidden_inside_another_is_not_the_one_that_comes_in(workspace: Path, fetched: Path):
+    shutil.copytree(fetched, fetched / "train-5-9" / "runs" / "evil-5-9")
+    assert bring_in(workspace) == "baseline-5-1"
+
+
+@pytest.mark.parametrize("target", ["home/.ssh", "absent"])
+def test_a_link_in_the_place_where_a_run_would_come_is_not_written_through(
+    workspace: Path, fetched: Path, key: Path, target: str
+):
+    (workspace / "disk").mkdir()
+    (workspace / "disk" / "baseline-5-1").symlink_to(workspace / target)
+    with pytest.raises(UserError, match="resume=baseline-5-1"):
+        bring_in(workspace)
+    assert list(key.parent.iterdir()) == [key]
+    assert not (workspace / "absent").exists()
+
+
+def test_a_container_that_swaps_the_half_copied_run_makes_us_write_nowhere_else(
+    workspace: Path, fetched: Path, key: Path
+):
+    """Runs belong to containers, also while one comes in."""
+    disk = workspace / "disk"
+
+    def swap() -> None:
+        for partial in disk.iterdir():
+            replaced(partial, key.parent)
+
+    with swapping("tokenizer.json", swap):
+        bring_in(workspace)
+    assert (disk / "baseline-5-1").is_symlink(), "theirs; it means something else in a container"
+    assert list(key.parent.iterdir()) == [key]
