@@ -28,6 +28,9 @@ _LINE_CHARACTERS = 500
 _SWEEP_BYTES = 400_000
 _MOST_INPUTS = 20
 
+_READ_BYTES = {"events.jsonl": 2**27, "config.yaml": 2**18}
+"""A record of more is not read: some hundred thousand steps are a tenth of that."""
+
 _WORDS = {
     "finished": "finished",
     "failed": "failed",
@@ -44,7 +47,10 @@ _TASKS = {
     "evaluate": "Evaluation",
     "generate": "Generation",
 }
-_UNREADABLE = (UserError, RunFailed, OSError, AttributeError, KeyError, TypeError, ValueError)
+_UNREADABLE = (
+    UserError, OSError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 """What a damaged record may raise: the rest of the page is wanted all the more then."""
 
 _ESCAPE_CODES = re.compile(
@@ -111,6 +117,7 @@ def _run(job: Mapping[str, Any], runs: Path | None, secrets: Mapping[str, str]) 
         return _Run(job["run"], _sweep_text(folder, secrets))
     heading, checkpoint = f"## {escaped(folder.name)}", _newest_checkpoint(folder)
     try:
+        _check_sizes(folder)
         events = without_secrets(read_events(folder / "events.jsonl"), secrets)
         result = read_result(folder, events) | {"run_dir": job["run"]}
         if result["resume_command"] == resume_command(folder):
@@ -122,6 +129,14 @@ def _run(job: Mapping[str, Any], runs: Path | None, secrets: Mapping[str, str]) 
         reason = one_line(error).replace(f"{folder}/", "") or type(error).__name__
         trouble = f"Its record cannot be read: {message(reason)}."
         return _Run(job["run"], [heading, trouble], checkpoint=checkpoint)
+
+
+def _check_sizes(folder: Path) -> None:
+    """RunFailed for a file of which this process, and the machine, would run out of memory."""
+    for name, most in _READ_BYTES.items():
+        path = folder / name
+        if path.is_file() and (size := path.stat().st_size) > most:
+            raise RunFailed(f"{name} has {size / 2**20:,.0f} MiB")
 
 
 def _newest_checkpoint(folder: Path) -> int | None:

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mainrun import config
+from mainrun import config, yaml12
 from mainrun.errors import UserError
 from mainrun.record import Number, Row, metrics
 
@@ -145,10 +145,14 @@ def _noise(settings: config.Config | None, rows: Sequence[Row]) -> dict[str, Num
 
 
 def _settings(run_dir: Path) -> config.Config | None:
-    """The run's; None where its config is not there, or can no longer be read."""
+    """The run's; None where its config is not there, or can no longer be read.
+
+    It states everything. One that names a parent was not written by us, and the parent may be any
+    file of the host's, where this is read for the job's page.
+    """
     try:
-        return config.load(run_dir / "config.yaml")
-    except (OSError, UserError):
+        return config.checked(config.Config, *yaml12.read(run_dir / "config.yaml"))
+    except UserError:
         return None
 
 

@@ -4,6 +4,7 @@ PyYAML itself reads YAML 1.1, where `1e-3` is a word and `on` is true. Files, ov
 values W&B passes all go through here, so that one text means one value.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import yaml
 
 from mainrun.errors import UserError, one_line
 
+_MOST_CHARACTERS = 10_000_000
+
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's mapping, and `file:line` for every dotted path in it; UserError if it has none."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        root = _composed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config file ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -38,7 +41,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def parse(text: str) -> Any:
     """The value that the text is in YAML; ValueError if it is none."""
     try:
-        return _plain(yaml.compose(text, Loader=_Loader), "", {})
+        return _plain(_composed(text), "", {})
     except yaml.YAMLError as error:
         raise ValueError(f"not a YAML value: {one_line(error)}") from error
 
@@ -73,6 +76,31 @@ def _integer(text: str) -> int:
 
 
 _core_schema()
+
+
+def _composed(text: str) -> yaml.Node | None:
+    """The text's nodes, an alias being the node itself that it names; YAMLError where it has none.
+
+    A few lines of aliases can stand for more than there is memory, or for something without an end.
+    """
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    if root is not None and _num_characters(root, {}) > _MOST_CHARACTERS:
+        raise yaml.YAMLError("its aliases stand for too much")
+    return root
+
+
+def _num_characters(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Of the node written out, without aliases; too many where it is a part of itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value)
+    if id(node) not in counted:
+        counted[id(node)] = _MOST_CHARACTERS
+        parts = node.value if isinstance(node, yaml.SequenceNode) else itertools.chain(*node.value)
+        counted[id(node)] = 1 + sum(_num_characters(part, counted) for part in parts)
+    return counted[id(node)]
 
 
 def _plain(node: yaml.Node | None, path: str, lines: dict[str, int]) -> Any:

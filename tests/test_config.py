@@ -505,6 +505,14 @@ def test_the_place_is_where_the_setting_was_last_written(tmp_path: Path) -> None
         ("seed: 1\nseed: 2\n", "`seed` is set twice"),
         ("- 1\n", "a mapping of settings"),
         ("seed: [1\n", "not valid YAML"),
+        ("seed: &a [*a]\n", "aliases stand for too much"),
+        ("seed: &a {b: *a}\n", "aliases stand for too much"),
+        (
+            "a0: &a0 [x, x]\n"
+            + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+            "aliases stand for too much",
+        ),
+        ("seed: " + "[" * 5000, "nested too deeply"),
         ("seed: 1\n\tdata: 2\n", "not valid YAML"),
     ],
 )

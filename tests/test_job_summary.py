@@ -1,12 +1,17 @@
 """A job's page says whether it worked, why not and what to do; nothing it quotes is markup."""
 
 import json
+import math
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from mainrun.job_summary import markdown
@@ -276,6 +281,11 @@ def test_a_sweep_brings_its_own_summary_and_a_stopped_one_says_how_to_go_on(runs
         lambda path: path.write_text(path.read_text().replace('_steps": 10', '_steps": "x"')),
         lambda path: path.write_text(path.read_text().replace("2026-01-01T", "yesterday")),
         lambda path: (path.unlink(), path.mkdir()),
+        lambda path: path.write_text(path.read_text() + "[" * 100_000 + "\n{}\n"),
+        lambda path: path.write_text(path.read_text().replace('"step": 7', '"step": 1e999')),
+        lambda path: path.write_text(path.read_text().replace("2026-01-01T", "0001-01-01T")),
+        lambda path: os.truncate(path, 2**30),
+        lambda path: (path.parent / "config.yaml").write_bytes(b"a" * 2**19),
     ],
 )  # fmt: skip
 def test_a_damaged_record_leaves_the_rest_of_the_page(log: Log, runs: Path, damage: Any):
@@ -349,6 +359,41 @@ def test_hostile_data_in_every_field_is_shown_and_never_obeyed(runs: Path):
         assert "[31m" not in log_block
 
 
+ANYTHING = st.recursive(
+    st.sampled_from([None, True, -1, 0, 7, 10**400, 1.5, 5e-324, 1e308, math.inf, math.nan, "NaN",
+                     "2026-01-01T00:00:00Z", "", HOSTILE, "https://evil.example/log-in"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.just(HOSTILE), inner),
+    max_leaves=3,
+)  # fmt: skip
+FIELDS = [
+    "timestamp", "step", "name", "parameters", "trained_parameters", "total_steps", "device",
+    "precision", "steps_per_epoch", "train_tokens", "wandb", "wandb_url", "sync_command", "texts",
+    "reason", "resume_command", "best_step", "val/loss", "val/loss_stderr", "val/nats_per_token",
+    "train/loss", "perf/step_ms", "perf/tokens_per_second", "perf/peak_memory_bytes",
+    "noise/scale_tokens",
+]  # fmt: skip
+EVENTS = [
+    "tracking_started", "run_started", "evaluation", "train_step", "samples", "stopped_early",
+    "step_skipped", "went_back", "resumed", "failed", "stopped", "finished",
+]  # fmt: skip
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@given(st.dictionaries(st.tuples(st.sampled_from(EVENTS), st.sampled_from(FIELDS)), ANYTHING,
+                       max_size=4))  # fmt: skip
+def test_a_record_of_any_values_makes_a_harmless_page(changes: dict[tuple[str, str], Any]):
+    with tempfile.TemporaryDirectory() as folder:
+        log = Log(Path(folder) / "quickstart-4711-1")
+        whole = {"name": "a", "total_steps": 9, "texts": ["x"], "val/loss": 2.0, "train/loss": 1.0,
+                 "perf/step_ms": 3.0, "best_step": 1, "val/nats_per_token": 3.0}  # fmt: skip
+        for step, event in enumerate(EVENTS):
+            changed = {field: value for (name, field), value in changes.items() if name == event}
+            log(event, **{"step": step, **whole, **changed})
+        page = markdown(job("failed", "x", url=""), Path(folder), [])
+    assert_harmless(page)
+    assert len(page.encode()) < MAX_BYTES
+
+
 def test_a_hostile_run_name_or_command_is_shown_and_never_obeyed(runs: Path):
     page = markdown(job("failed", "x", run=f"runs/{HOSTILE}", words=[HOSTILE], inputs={}), runs, [])
     assert_harmless(page)
@@ -366,7 +411,7 @@ def test_a_hostile_run_name_or_command_is_shown_and_never_obeyed(runs: Path):
 def test_everything_too_long_is_cut_and_the_page_stays_below_the_limit(
     log: Log, runs: Path, line: str
 ):
-    log("samples", 5, texts=[line.replace("\udcff", "?")] * 500)
+    log("samples", 5, texts=[line.replace("\udcff", "?")] * 60)
     log("failed", reason=line.replace("\udcff", "?"))
     save(log, "5")
     told = dict.fromkeys(("label", "image", "commit", "gpus", "url", "by"), line)
@@ -377,7 +422,7 @@ def test_everything_too_long_is_cut_and_the_page_stays_below_the_limit(
     log_lines = fences(page)["text"].splitlines()
     assert len(log_lines) == 20
     assert max(map(len, log_lines)) < 5100
-    assert "The first 20 of 500" in page
+    assert "The first 20 of 60" in page
 
 
 def test_a_long_log_line_says_how_much_of_it_is_missing():

@@ -114,6 +114,16 @@ def test_the_page_is_made_of_the_copy_whatever_becomes_of_the_run_folder(
     assert "Not in the artifact" not in page
 
 
+@pytest.mark.parametrize("parent", ["home/.ssh/id_ed25519", "fifo", "/dev/zero"])
+def test_a_runs_config_names_no_file_of_the_hosts_for_it_to_read(
+    workspace: Path, run: Path, key: Path, parent: str
+):
+    os.mkfifo(workspace / "fifo")
+    (run / "config.yaml").write_text(f"extends: {workspace / parent}\n")
+    with swapping(str(workspace / parent), lambda: pytest.fail("it was opened")):
+        assert "It came to step 3 of 10" in page_of(workspace)
+
+
 def test_what_is_left_out_is_named_and_its_name_does_nothing(workspace: Path, run: Path):
     for name in ("[log in](https:evil.example)", "<details open>", "@ada", "line\n# break", "`a`"):
         (run / name).symlink_to("/etc/hostname")
