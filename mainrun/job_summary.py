@@ -5,6 +5,8 @@ the run folder beside it, and the last lines of the log. All three are data, whi
 at before: whatever stands in them is shown and never read as markup.
 """
 
+import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mainrun import summary
+from mainrun import summary, sweep_details
 from mainrun.console import printable
 from mainrun.environment import secret_values, without_secrets
 from mainrun.errors import RunFailed, UserError, one_line
@@ -21,14 +23,14 @@ from mainrun.markdown import code, embedded, escaped, fenced, link, message, tab
 from mainrun.record import read_events
 from mainrun.result import read_result, resume_command
 
-# GitHub refuses a page of more than 1 MiB: with the bounds of markdown.py and summary.py these keep
-# it below, whatever stands in the data.
+# GitHub refuses a page of more than 1 MiB: with the bounds of markdown.py, summary.py and
+# sweep_details.py these keep it below, whatever stands in the data.
 _LOG_LINES = 20
 _LINE_CHARACTERS = 500
 _SWEEP_BYTES = 400_000
 _MOST_INPUTS = 20
 
-_READ_BYTES = {"events.jsonl": 2**27, "config.yaml": 2**18}
+_READ_BYTES = {"events.jsonl": 2**27, "config.yaml": 2**18, "summary.json": 2**24}
 """A record of more is not read: some hundred thousand steps are a tenth of that."""
 
 _WORDS = {
@@ -122,13 +124,21 @@ def _run(job: Mapping[str, Any], runs: Path | None, secrets: Mapping[str, str]) 
         result = read_result(folder, events) | {"run_dir": job["run"]}
         if result["resume_command"] == resume_command(folder):
             result["resume_command"] = resume_command(Path(job["run"]))
+        result["wandb"] = _as_text_elsewhere(result["wandb"])
         shown = [heading, *map(embedded, summary.details(result, events))]
         return _Run(job["run"], shown, result, checkpoint)
     except _UNREADABLE as error:
-        # Where folders lie on the machine is nobody's concern.
-        reason = one_line(error).replace(f"{folder}/", "") or type(error).__name__
-        trouble = f"Its record cannot be read: {message(reason)}."
+        trouble = f"Its record cannot be read: {message(_reason(error, folder))}."
         return _Run(job["run"], [heading, trouble], checkpoint=checkpoint)
+
+
+def _as_text_elsewhere(wandb: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With a link only to W&B: a page of the repository's sends nobody where a container says."""
+    url, server = wandb["url"], os.environ.get("WANDB_BASE_URL")
+    known = tuple(f"{address.rstrip('/')}/" for address in ("https://wandb.ai", server) if address)
+    if url is None or url.startswith(known):
+        return wandb
+    return {**wandb, "url": None, "mode": f"{wandb['mode']}, at {url}"}
 
 
 def _check_sizes(folder: Path) -> None:
@@ -149,15 +159,25 @@ def _newest_checkpoint(folder: Path) -> int | None:
 
 
 def _sweep_text(folder: Path, secrets: Mapping[str, str]) -> list[str]:
-    """What the sweep has written of itself, heading and all."""
+    """What the sweep has written of itself for programs; its Markdown could say anything."""
+    name = escaped(folder.name)
     try:
-        data = (folder / "summary.md").read_bytes()
-    except OSError:
-        return [f"## {escaped(folder.name)}", "It came to no summary of its own."]
-    text = str(without_secrets(data.decode("utf-8", "replace"), secrets))
-    shown = text.encode()[:_SWEEP_BYTES].decode("utf-8", "ignore")
-    cut = [] if shown == text else ["The rest is in `summary.md` of the artifact."]
-    return [embedded(shown), *cut]
+        _check_sizes(folder)
+        result = json.loads((folder / "summary.json").read_bytes())
+        parts = sweep_details.details(without_secrets(result, secrets))
+        title, shown = f"## {name}: {escaped(result['status'])}", [*map(embedded, parts)]
+    except FileNotFoundError:
+        return [f"## {name}", "It came to no summary of its own."]
+    except _UNREADABLE as error:
+        return [f"## {name}", f"Its summary cannot be read: {message(_reason(error, folder))}."]
+    if sum(len(part.encode()) for part in shown) > _SWEEP_BYTES:
+        shown = ["Its summary is too long for this page; it is in the artifact."]
+    return [title, *shown]
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Where folders lie on the machine is nobody's concern."""
+    return one_line(error).replace(f"{folder}/", "") or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ LAYERS = [
         "child",
         "tracking + wandb_run + record + console + result + summary + plots + chart + markdown",
     ],
-    ["containers"],
+    ["containers", "sweep_details"],
     ["request", "ending"],
     ["launch", "dispatch", "images + builder", "machine + machine_report + runners", "job_summary"],
     ["doctor", "artifact"],

@@ -243,26 +243,6 @@ def test_a_job_without_a_last_word_says_so():
     assert "**It left no word of how it ended.**" in page
 
 
-def test_a_sweep_brings_its_own_summary_and_a_stopped_one_says_how_to_go_on(runs: Path):
-    folder = runs / "random-4711-1"
-    folder.mkdir()
-    (folder / "summary.md").write_text(
-        "# random: stopped\n\n| a | b |\n| - | - |\n\n## Best\n\n```"
-    )
-    ended = {"task": "sweep", "run": "runs/random-4711-1", "words": ["x.yaml", "k=a b"]}
-    page = markdown(job("stopped", "it was stopped", **ended), runs, ["last"])
-    assert headings(page) == [
-        ("h1", "Sweep was stopped"), ("h2", "random: stopped"), ("h3", "Best"),
-    ]  # fmt: skip
-    assert "workflows/sweep.yml) with `resume` = `random-4711-1`; when the sweep is no" in page
-    assert "last\n" in [token.content for token in tokens(page) if token.type == "fence"]
-    assert "To go on" not in markdown(job("finished", **ended), runs, [])
-    (folder / "summary.md").unlink()
-    page = markdown(job("killed", "it was killed", **ended), runs, [])
-    assert "no summary of its own" in page
-    assert facts(page)["artifact"] == "sweep-4711-1"
-
-
 # -------------------------------------------------------------------------------------------
 # Run folders in any state
 
@@ -394,6 +374,29 @@ def test_a_record_of_any_values_makes_a_harmless_page(changes: dict[tuple[str, s
     assert len(page.encode()) < MAX_BYTES
 
 
+@pytest.mark.parametrize(
+    ("address", "linked"),
+    [
+        ("https://wandb.ai/me/p/runs/a", True),
+        ("https://wandb.example/me/p/runs/a", True),
+        ("https://evil.example/log-in", False),
+        ("https://wandb.ai.evil.example/me", False),
+        ("https://wandb.ai@evil.example/", False),
+        ("https://wandb.example.evil.example/", False),
+    ],
+)
+def test_a_page_links_to_weights_and_biases_and_to_nowhere_else(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, address: str, linked: bool
+):
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    log = Log(runs / "quickstart-4711-1")
+    log("tracking_started", wandb="online", wandb_url=address)
+    page = markdown(job("failed", "x", url=""), runs, [])
+    targets = [token.attrs["href"] for token in tokens(page) if token.type == "link_open"]
+    assert targets == [address] * linked
+    assert address in facts(page)["Weights & Biases"].replace("\u2060", "")
+
+
 def test_a_hostile_run_name_or_command_is_shown_and_never_obeyed(runs: Path):
     page = markdown(job("failed", "x", run=f"runs/{HOSTILE}", words=[HOSTILE], inputs={}), runs, [])
     assert_harmless(page)
@@ -430,17 +433,6 @@ def test_a_long_log_line_says_how_much_of_it_is_missing():
     assert fences(page)["text"] == "y" * 500 + "… (99,500 characters more)\n"
 
 
-def test_a_sweeps_endless_summary_is_cut_and_says_so(runs: Path):
-    (runs / "quickstart-4711-1").mkdir()
-    (runs / "quickstart-4711-1" / "summary.md").write_text("```\n" + "é" * 2_000_000)
-    page = markdown(job("failed", "x", task="sweep"), runs, ["the end"])
-    assert len(page.encode()) < MAX_BYTES
-    assert (
-        "The rest is in" in [t.content[:11] + "in" for t in tokens(page)] or "The rest is" in page
-    )
-    assert "the end\n" in [token.content for token in tokens(page) if token.type == "fence"]
-
-
 def test_colours_and_overwritten_lines_of_the_log_are_gone():
     lines = [
         "\x1b[1;32mgreen\x1b[0m\ttab",
@@ -474,9 +466,6 @@ def test_no_secret_is_on_the_page_wherever_it_stood(
     assert "canary" not in page
     assert "0123456789" not in page
     assert page.count("WANDB") >= 9
-    shutil.copytree(log.run_dir, runs / "sweep")
-    (runs / "sweep" / "summary.md").write_text(f"# {secret}\n")
-    assert "canary" not in markdown(job(task="sweep", run="runs/sweep"), runs, [])
 
 
 def test_the_page_is_text_that_a_file_takes(log: Log, runs: Path, tmp_path: Path):

@@ -21,7 +21,7 @@ import jax
 import pytest
 import yaml
 
-from mainrun import config
+from mainrun import config, sweep_details
 from mainrun.errors import RunFailed, UserError
 from mainrun.population.places import Places
 from mainrun.record import WALL_CLOCK, metrics, read_events
@@ -112,6 +112,7 @@ def test_a_sweep_tells_every_trial_and_ranks_them(folder: Path, capfd: pytest.Ca
     assert best["run_dir"] == str(trials[order[0]])
     assert [float(row["val/loss"]) for row in rows(run_dir)] == found
     page = (run_dir / "summary.md").read_text()
+    assert sweep_details.markdown(told) == page, "the host makes a job's page of it"
     ranked = re.findall(r"^\| (\d) \| [\d.]+ ± ", page, re.MULTILINE)
     assert ranked == [str(place + 1) for place in order]
     assert "mainrun train runs/first/best.yaml" in page

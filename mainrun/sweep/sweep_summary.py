@@ -18,15 +18,15 @@ from typing import Any, Literal
 
 import yaml
 
+from mainrun import sweep_details
 from mainrun.console import clock
-from mainrun.markdown import escaped, fenced, table
 from mainrun.sweep.metric import Metric
 from mainrun.sweep.search_space import SearchSpace, as_overrides, yaml_text
 from mainrun.sweep.study import Outcome, Trial
 
 Ending = Literal["running", "finished", "stopped", "failed"]
 
-_SHOWN_TRIALS = 10
+_RANKED = 10
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,7 @@ def ranking(trials: Iterable[Trial], metric: Metric) -> list[Trial]:
 
 def value_text(trial: Trial) -> str:
     """`1.234 ± 0.012`."""
-    outcome = trial.outcome
-    if outcome.value is None:
-        return ""
-    return f"{outcome.value:.4g}" + (f" ± {outcome.stderr:.2g}" if outcome.stderr else "")
+    return sweep_details.value_text(vars(trial.outcome))
 
 
 def varied_text(trial: Trial, space: SearchSpace) -> str:
@@ -97,7 +94,7 @@ def write(report: Report) -> dict[str, Any]:
     folder = report.folder
     _write(folder / "trials.csv", _csv(report))
     _write(folder / "summary.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / "summary.md", _markdown(report, result))
+    _write(folder / "summary.md", sweep_details.markdown(result))
     winner = best(report.trials, report.space.metric)
     if winner is not None:
         settings = {"extends": "base.yaml", **_nested(winner.values)}
@@ -112,8 +109,8 @@ def write(report: Report) -> dict[str, Any]:
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
     """The result as the command prints it at the end."""
-    counts = result["trials"]
-    lines = [f"{result['status']}: {_counted(counts)} in {clock(result['total_seconds'])}"]
+    done = sweep_details.counted(result["trials"])
+    lines = [f"{result['status']}: {done} in {clock(result['total_seconds'])}"]
     if winner := result["best"]:
         stderr = f" ± {winner['stderr']:.2g}" if winner["stderr"] else ""
         lines.append(
@@ -126,12 +123,13 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     if result["resume_command"]:
         lines.append(f"to go on: {result['resume_command']}")
     elif result["best"]:
-        lines.append(f"to train the best again: {_train_again(result)}")
+        lines.append(f"to train the best again: {sweep_details.train_again(result)}")
     return lines
 
 
 def _summary(report: Report) -> dict[str, Any]:
-    winner = best(report.trials, report.space.metric)
+    ranked = ranking(report.trials, report.space.metric)
+    winner = ranked[0] if ranked else None
     counts: Counter[str] = Counter(trial.outcome.status for trial in report.trials)
     return {
         "name": report.folder.resolve().name,
@@ -150,8 +148,11 @@ def _summary(report: Report) -> dict[str, Any]:
             "overrides": list(as_overrides(winner.values)),
             "run_dir": _run_dir(report, winner),
         },
+        "settings": list(report.space.varied()),
+        "ranking": [_ranked(trial, report.space) for trial in ranked[:_RANKED]],
         "failures": [
-            {"trial": t.number, "status": t.outcome.status, "reason": t.outcome.reason}
+            {"trial": t.number, "status": t.outcome.status, "reason": t.outcome.reason,
+             "settings": varied_text(t, report.space)}
             for t in report.trials
             if t.outcome.status in ("failed", "refused")
         ],
@@ -167,81 +168,20 @@ def _counts(counts: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def _counted(counts: Mapping[str, Any]) -> str:
-    """`5 of 8 trials, 1 failed, 1 interrupted`."""
-    of = f" of {counts['wanted']}" if counts["wanted"] is not None else ""
-    others = [
-        f", {counts[name]} {word}"
-        for name, word in (
-            ("pruned",) * 2,
-            ("failed",) * 2,
-            ("refused",) * 2,
-            ("running", "interrupted"),
-        )
-        if counts[name]
-    ]
-    return f"{counts['finished']}{of} trials" + "".join(others)
-
-
-def _markdown(report: Report, result: Mapping[str, Any]) -> str:
-    space, metric = report.space, report.space.metric
-    parts = [f"# {escaped(result['name'])}: {result['status']}"]
-    if report.reason:
-        parts.append(f"**Reason:** {escaped(report.reason)}")
-    ranked = ranking(report.trials, metric)
-    if ranked:
-        word = "lowest" if metric.goal == "minimize" else "highest"
-        parts.append(
-            f"`{metric.name}` **{value_text(ranked[0])}** in trial {ranked[0].number}, the {word}."
-        )
-    facts = [
-        ("search", f"{space.method} over {len(space.varied())} settings"),
-        ("trials", _counted(result["trials"])),
-        ("time in all trials", clock(result["total_seconds"])),
-        ("Weights & Biases", escaped(report.url)),
-        ("sweep folder", escaped(str(report.folder))),
-    ]
-    parts.append(table(["", ""], [fact for fact in facts if fact[1]]))
-    if ranked:
-        header = ["trial", metric.name, "at step", *map(escaped, space.varied()), "time"]
-        rows = [_best_row(trial, space) for trial in ranked[:_SHOWN_TRIALS]]
-        parts += ["## Best trials", table(header, rows)]
-    failed = [t for t in report.trials if t.outcome.status in ("failed", "refused")]
-    if failed:
-        rows = [
-            [f"{t.number}", t.outcome.status, escaped(varied_text(t, space)),
-             escaped(t.outcome.reason)]
-            for t in failed
-        ]  # fmt: skip
-        parts += ["## Failures", table(["trial", "", "settings", "reason"], rows)]
-    if result["resume_command"]:
-        parts += ["## To go on", fenced(result["resume_command"], "sh")]
-    if ranked:
-        commands = [_train_again(result)]
-        if result["best"]["run_dir"]:
-            commands.append(shlex.join(["mainrun", "generate", result["best"]["run_dir"]]))
-        parts += ["## To use the best", fenced("\n".join(commands), "sh")]
-    return "\n\n".join(parts) + "\n"
-
-
-def _best_row(trial: Trial, space: SearchSpace) -> list[str]:
-    values = (escaped(_short(trial.values[setting])) for setting in space.varied())
-    step, seconds = trial.outcome.step, trial.outcome.seconds
-    return [
-        f"{trial.number}",
-        value_text(trial),
-        "" if step is None else f"{step:,}",
-        *values,
-        "" if seconds is None else clock(seconds),
-    ]
+def _ranked(trial: Trial, space: SearchSpace) -> dict[str, Any]:
+    outcome = trial.outcome
+    return {
+        "trial": trial.number,
+        "value": outcome.value,
+        "stderr": outcome.stderr,
+        "step": outcome.step,
+        "settings": [_short(trial.values[setting]) for setting in space.varied()],
+        "seconds": outcome.seconds,
+    }
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else yaml_text(value)
-
-
-def _train_again(result: Mapping[str, Any]) -> str:
-    return shlex.join(["mainrun", "train", str(Path(result["run_dir"]) / "best.yaml")])
 
 
 def _csv(report: Report) -> str:
