@@ -61,7 +61,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def embedded(text: str) -> str:
-    """Markdown as a part of a larger page: headings one order lower, no code block left open."""
+    """Markdown of ours as a part of a larger page: headings one order lower, no block left open.
+
+    Links and HTML in it stay what they are; what somebody else has written is `escaped` instead.
+    """
     lines, fence = [], ""
     for line in re.split(r"\r\n|\r|\n", text.rstrip()):
         found = _FENCE.match(line)

@@ -50,7 +50,7 @@ def exchange(path: Path, other: Path) -> None:
     other.rename(path)
 
 
-_SWAPS = """
+SWAPS = """
 import os, sys
 file, folder, key, link, away = sys.argv[1:]
 print("ready", flush=True)
@@ -75,7 +75,7 @@ def swapped_without_end(file: Path, folder: Path, key: Path) -> Iterator[None]:
     300 races, and a process 9.
     """
     places = [file, folder, key, file.parent.with_name("link"), file.parent.with_name("away")]
-    command = [sys.executable, "-c", _SWAPS, *map(str, places)]
+    command = [sys.executable, "-c", SWAPS, *map(str, places)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()

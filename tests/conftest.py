@@ -173,15 +173,21 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def job_image(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`mainrun:test`, the CPU image of this tree, on the base that tests/engine.sh makes."""
+def base_image() -> str:
+    """`mainrun-base:test`, a Debian with Python that tests/engine.sh makes."""
     docker = ["docker", "image", "inspect", "mainrun-base:test"]
     if shutil.which("docker") is None or subprocess.run(docker, capture_output=True).returncode:
         pytest.skip("no Docker Engine with the image mainrun-base:test: see tests/engine.sh")
+    return "mainrun-base:test"
+
+
+@pytest.fixture(scope="session")
+def job_image(base_image: str) -> str:
+    """`mainrun:test`, the CPU image of this tree."""
     from mainrun import images, stop
     from mainrun.host import Host
 
-    machine = Host(base_image="mainrun-base:test", target="cpu")
+    machine = Host(base_image=base_image, target="cpu")
     lines: list[str] = []
     with stop.listening() as stopping:
         return images.build(

@@ -90,7 +90,7 @@ def test_a_sweep_brings_its_own_summary_and_a_stopped_one_says_how_to_go_on(
         (" " * 2**25, "cannot be read: summary.json has 32 MiB"),
         (json.dumps(sweep_result(settings=["x" * 2000] * 500)), "too long for this page"),
     ],
-    ids=str,
+    ids=range(9),
 )
 def test_a_sweep_without_a_readable_summary_has_a_page_all_the_same(
     sweep: Path, runs: Path, text: str | None, said: str

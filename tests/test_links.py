@@ -10,11 +10,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import docker
 import pytest
 
-from mainrun import artifact, jobs
+from mainrun import artifact, containers, jobs
 from mainrun.errors import UserError
-from tests.adversary import exchange, planted_key, swapped_without_end, swapping
+from mainrun.host import Host
+from mainrun.request import Request, container_options
+from tests.adversary import SWAPS, exchange, planted_key, swapped_without_end, swapping
 from tests.test_summary import Log
 
 NAME = "quickstart-77-1"
@@ -268,3 +271,65 @@ def test_a_container_that_swaps_the_half_copied_run_makes_us_write_nowhere_else(
         bring_in(workspace)
     assert (disk / "baseline-5-1").is_symlink(), "theirs; it means something else in a container"
     assert list(key.parent.iterdir()) == [key]
+
+
+# -------------------------------------------------------------------------------------------
+# A real container
+
+PLANTING = """
+set -e
+cd /app/runs/quickstart-77-1
+ln -s "$KEY" summary.md
+ln -s "${KEY%/*}" logs
+ln -s summary.md chain
+ln -s /proc/self/environ environ
+ln -s "${KEY%/*}" ../link
+ln events.jsonl hard
+mkfifo fifo
+truncate -s 10G sparse
+touch "line
+break" 'a:b' '...'
+mkdir -p d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d
+mknod zero c 1 5 && exit 3
+ln /etc/hostname theirs && exit 4
+exit 0
+"""
+
+
+@pytest.fixture
+def engine(base_image: str) -> docker.DockerClient:
+    return containers.connect()
+
+
+@pytest.mark.docker
+def test_a_real_container_may_plant_and_swap_as_it_likes_and_the_key_is_nowhere(
+    engine: docker.DockerClient, base_image: str, workspace: Path, run: Path, key: Path,
+    capfd: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """With the rights and the folders that a job's container has."""
+    (workspace / "cache").mkdir()
+    (run / "plots").mkdir()
+    machine = Host(runs=str(workspace / "disk"), cache=str(workspace / "cache"), gpus="none")
+    request = Request(task="train", words=(), label="77-1", image=base_image)
+    options = container_options(request, machine)
+    options["environment"]["KEY"] = str(key)
+    options["labels"] = {}  # it is no job, and nobody takes it for a stray
+    engine.containers.run(**options | {"command": ["sh", "-c", PLANTING]}, remove=True)
+    page = page_of(workspace)
+    assert_key_is_nowhere(workspace, "".join(capfd.readouterr()))
+    assert "9 files are left out" in page
+    assert (workspace / "out" / "runs" / NAME / "hard").read_text() == (
+        run / "events.jsonl"
+    ).read_text()
+    places = ["quickstart-77-1/events.jsonl", "quickstart-77-1/plots", key, "spare", "away"]
+    words = [str(Path("/app/runs") / place) for place in places]
+    adversary = engine.containers.run(
+        **options | {"command": ["python3", "-c", SWAPS, *words]}, detach=True
+    )
+    try:
+        next(adversary.logs(stream=True))
+        for _ in range(100):
+            page_of(workspace)
+            assert_key_is_nowhere(workspace, "".join(capfd.readouterr()))
+    finally:
+        adversary.remove(force=True)
