@@ -177,7 +177,7 @@ def _sweep_text(folder: Path, secrets: Mapping[str, str]) -> list[str]:
 
 def _reason(error: Exception, folder: Path) -> str:
     """Where folders lie on the machine is nobody's concern."""
-    return one_line(error).replace(f"{folder}/", "") or type(error).__name__
+    return one_line(error).replace(f"{folder}/", "")
 
 
 # ---------------------------------------------------------------------------------------------

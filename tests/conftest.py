@@ -31,13 +31,15 @@ for name in [n for n in os.environ if n.startswith("WANDB_")]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`task check` leaves out what compiles or starts processes, and no test need say that it does.
+    """`task check` leaves out what compiles or starts processes, and few tests need say so.
 
-    That is, every test of a module that has JAX, and every one that runs the command.
+    That is, every test of a module that has JAX or `subprocess`, or that runs the command.
     """
     for item in items:
         names = vars(getattr(item, "module", None) or object)
-        if "jax" in names or COMMAND_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if {"jax", "subprocess"} & set(names) or COMMAND_FIXTURES & set(
+            getattr(item, "fixturenames", ())
+        ):
             item.add_marker(pytest.mark.medium)
 
 

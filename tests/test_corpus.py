@@ -13,6 +13,8 @@ from mainrun.analysis import corpus as counts
 from mainrun.analysis.corpus import Compression, Overlap, Repetition, Split, Spread
 from mainrun.data import batches, sources, tokenizers
 
+pytestmark = pytest.mark.medium
+
 EOS, PAD = 1, 0
 # Few different ones, so that most repeat.
 documents = st.lists(st.sampled_from(["a b", "A b.", "A  B", "ab", "c", "!", "?"]), min_size=1)

@@ -8,6 +8,8 @@ import pytest
 
 from tools import notebook
 
+pytestmark = pytest.mark.medium
+
 COMMITTED = notebook.read()
 CODE = [cell for cell in COMMITTED.cells if cell.cell_type == "code"]
 

@@ -13,6 +13,8 @@ from tests.report_folders import A_PNG, make_run
 from tests.test_report_document import HOSTILE, Page
 from tests.test_report_run import rows_of
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(autouse=True)
 def _pictures(request, monkeypatch):

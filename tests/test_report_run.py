@@ -17,6 +17,8 @@ from mainrun.record import Record
 from tests.report_folders import A_PNG, make_run
 from tests.test_report_document import HOSTILE, Page
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(autouse=True)
 def _pictures(request, monkeypatch):

@@ -19,6 +19,8 @@ from tests.report_folders import A_PNG, START, make_run, make_sweep
 from tests.test_report_document import HOSTILE, Page, cells
 from tests.test_report_run import fact, rows_of
 
+pytestmark = pytest.mark.medium
+
 RATE = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}
 DROPOUT = {"distribution": "q_uniform", "q": 0.1, "min": 0.0, "max": 0.3}
 

@@ -10,6 +10,8 @@ from scipy.optimize import least_squares
 from mainrun.analysis import bootstrap
 from mainrun.analysis.scaling_laws import HUBER_DELTA, JointFit, JointLaw, power_law
 
+pytestmark = pytest.mark.medium
+
 CHINCHILLA = JointLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al., eq. 10
 
 

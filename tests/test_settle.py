@@ -16,6 +16,8 @@ from mainrun.training import backend
 from tests.conftest import Mainrun
 from tests.shown import shown
 
+pytestmark = pytest.mark.medium
+
 VOCAB = 4000
 # 768 tokens a batch: one of more than 1,024 a CPU cuts further by itself.
 SETTINGS = [
