@@ -4,6 +4,7 @@ Read from the source with `ast`, so nothing is imported and a local import count
 """
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -76,6 +77,7 @@ def label(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -100,20 +102,22 @@ def foreign(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names} - {"mainrun"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_every_module_has_a_place_in_the_layers(path: Path):
-    assert place(path)[1], f"give {label(path)} a row in LAYERS, and in the design"
+def test_every_module_has_a_place_in_the_layers(subtests: pytest.Subtests):
+    for path in SOURCES:
+        with subtests.test(label(path)):
+            assert place(path)[1], f"give {label(path)} a row in LAYERS, and in the design"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_imports_go_down_only(path: Path):
-    row, unit = place(path)
-    upward = {
-        name
-        for name in ours(imported(ast.walk(tree(path))))
-        if LAYER[name][0] >= row and LAYER[name][1] != unit
-    }
-    assert not upward, f"{label(path)} imports {sorted(upward)}, which are not below it"
+def test_imports_go_down_only(subtests: pytest.Subtests):
+    for path in SOURCES:
+        with subtests.test(label(path)):
+            row, unit = place(path)
+            upward = {
+                name
+                for name in ours(imported(ast.walk(tree(path))))
+                if LAYER[name][0] >= row and LAYER[name][1] != unit
+            }
+            assert not upward, f"{label(path)} imports {sorted(upward)}, which are not below it"
 
 
 @pytest.mark.parametrize("folder", ["mainrun", "benchmarks", "tools"])
@@ -129,18 +133,20 @@ def test_package_imports_no_tool_and_no_tool_a_test(folder: str):
 HOST_SOURCES = [path for path in SOURCES if place(path)[0] < HOST_LAYERS]
 
 
-@pytest.mark.parametrize("path", HOST_SOURCES, ids=label)
-def test_host_side_never_imports_jax(path: Path):
-    assert not foreign(imported(ast.walk(tree(path)))) & JAX
+def test_host_side_never_imports_jax(subtests: pytest.Subtests):
+    for path in HOST_SOURCES:
+        with subtests.test(label(path)):
+            assert not foreign(imported(ast.walk(tree(path)))) & JAX
 
 
-@pytest.mark.parametrize("path", HOST_SOURCES, ids=label)
-def test_host_side_starts_with_the_base_dependencies_alone(path: Path):
+def test_host_side_starts_with_the_base_dependencies_alone(subtests: pytest.Subtests):
     """W&B, say, is imported where it is used: what the extra `train` brings may not be there."""
     base = {"pydantic", "pydantic_core", "yaml", "rich", "structlog", "typing_extensions"}
     base |= {"docker", "requests", "pynvml"}
-    at_start = foreign(imported(iter(tree(path).body)))
-    assert at_start <= base | set(sys.stdlib_module_names)
+    for path in HOST_SOURCES:
+        with subtests.test(label(path)):
+            at_start = foreign(imported(iter(tree(path).body)))
+            assert at_start <= base | set(sys.stdlib_module_names)
 
 
 PURE_SOURCES = [
@@ -150,18 +156,19 @@ PURE_SOURCES = [
 ]
 
 
-@pytest.mark.parametrize("path", PURE_SOURCES, ids=label)
-def test_model_and_step_see_no_tracker_file_or_clock(path: Path):
-    parsed = tree(path)
-    names = imported(ast.walk(parsed))
-    assert not foreign(names) & CLOCKS_AND_FILES
-    assert all(LAYER[name][1] != LAYER["tracking"][1] for name in ours(names))
-    calls = {
-        node.func.id
-        for node in ast.walk(parsed)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
-    assert not calls & {"open", "print", "input"}
+def test_model_and_step_see_no_tracker_file_or_clock(subtests: pytest.Subtests):
+    for path in PURE_SOURCES:
+        with subtests.test(label(path)):
+            parsed = tree(path)
+            names = imported(ast.walk(parsed))
+            assert not foreign(names) & CLOCKS_AND_FILES
+            assert all(LAYER[name][1] != LAYER["tracking"][1] for name in ours(names))
+            calls = {
+                node.func.id
+                for node in ast.walk(parsed)
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            }
+            assert not calls & {"open", "print", "input"}
 
 
 def dataclasses() -> list[ast.ClassDef]:

@@ -1,5 +1,6 @@
 """What may be typed on the GitHub page, and what is refused before anything runs."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -60,11 +61,10 @@ def test_a_button_pressed_without_a_word_trains_the_quickstart(machine: Host):
     assert found.by == "ada"
 
 
-@pytest.mark.parametrize(
-    "typed", ["baseline", "base/baseline", "config/base/baseline.yaml", " baseline "]
-)
-def test_a_config_has_short_names(machine: Host, typed: str):
-    assert request(machine, config=typed).words[0] == "config/base/baseline.yaml"
+def test_a_config_has_short_names(machine: Host, subtests: pytest.Subtests):
+    for typed in ["baseline", "base/baseline", "config/base/baseline.yaml", " baseline "]:
+        with subtests.test(typed=typed):
+            assert request(machine, config=typed).words[0] == "config/base/baseline.yaml"
 
 
 def test_unknown_config_is_answered_with_those_there_are(machine: Host):
@@ -153,10 +153,10 @@ def test_the_gpus_asked_for_are_those_it_gets(machine: Host):
     assert request(machine, gpus="none").gpus == ()
 
 
-@pytest.mark.parametrize("count", ["0", "-1", "1e3", "10001", "ten"])
-def test_a_count_is_a_number_of_trials(machine: Host, count: str):
-    with pytest.raises(UserError, match="count="):
-        request(machine, task="sweep", count=count)
+def test_a_count_is_a_number_of_trials(machine: Host, subtests: pytest.Subtests):
+    for count in ["0", "-1", "1e3", "10001", "ten"]:
+        with subtests.test(count=count), pytest.raises(UserError, match="count="):
+            request(machine, task="sweep", count=count)
 
 
 def test_outside_a_workflow_there_is_no_label(machine: Host):
@@ -164,27 +164,25 @@ def test_outside_a_workflow_there_is_no_label(machine: Host):
         dispatch.request_from({}, machine)
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-@pytest.mark.parametrize(
-    "name",
-    ["config", "overrides", "resume", "resume_artifact", "tracking", "gpus", "sweep", "count",
-     "backend", "sweep_id", "task"],
-)  # fmt: skip
 def test_hostile_input_is_refused_in_one_line_or_stays_one_literal_word(
-    machine: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+    machine: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ):
     monkeypatch.chdir(tmp_path)
-    sweep = {"task": "sweep"} if name in ("sweep", "count", "backend", "sweep_id") else {}
-    found, refusal = None, ""
-    try:
-        found = request(machine, **{**sweep, name: text})
-    except UserError as error:
-        refusal = str(error)
-    assert refusal.isprintable()
-    assert len(refusal) < 1000
+    of_a_sweep = ["sweep", "count", "backend", "sweep_id"]
+    of_any = ["config", "overrides", "resume", "resume_artifact", "tracking", "gpus", "task"]
     # What passes names our files and settings, or is a value behind a known key.
     known = ("config/", "runs/", "--run-dir", "--backend", "--id", "--count", "tracking.")
-    words = found.words if found else ()
-    assert all(word.startswith(known) or word.isalnum() or "=" in word for word in words)
-    assert not any("CANARY" in word or "/etc" in word for word in words)
-    assert list(tmp_path.iterdir()) == []
+    for name, text in itertools.product(of_any + of_a_sweep, HOSTILE):
+        with subtests.test(name=name, text=text):
+            sweep = {"task": "sweep"} if name in of_a_sweep else {}
+            found, refusal = None, ""
+            try:
+                found = request(machine, **{**sweep, name: text})
+            except UserError as error:
+                refusal = str(error)
+            assert refusal.isprintable()
+            assert len(refusal) < 1000
+            words = found.words if found else ()
+            assert all(word.startswith(known) or word.isalnum() or "=" in word for word in words)
+            assert not any("CANARY" in word or "/etc" in word for word in words)
+            assert list(tmp_path.iterdir()) == []
