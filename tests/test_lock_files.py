@@ -32,7 +32,7 @@ def versions(name: str, python: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "host.txt"])
+@pytest.mark.parametrize("name", [*LOCKS, "host.txt", "task.txt"])
 def test_lock_pins_every_package_by_hash_and_names_no_address(name):
     text = (ROOT / "requirements" / name).read_text()
     assert not re.search(r"https?:|file:|://|--(extra-)?index|--find-links|--trusted| @ ", text)
@@ -88,3 +88,10 @@ def test_host_lock_satisfies_what_pyproject_asks_for():
         wanted = Requirement(line)
         (pin,) = versions("host.txt", "3.13")[wanted.name.lower()]
         assert wanted.specifier.contains(pin.removeprefix("==")), f"{line}, but {pin}"
+
+
+def test_the_same_go_task_comes_before_the_environment_and_into_it():
+    block = re.compile(r"^go-task-bin==.*(?:\\\n.*)+", re.MULTILINE)
+    alone, inside = ((ROOT / "requirements" / name).read_text() for name in ("task.txt", "cpu.txt"))
+    assert block.findall(alone) == block.findall(inside)
+    assert len(locked("task.txt")) == 1
