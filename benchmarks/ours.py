@@ -80,7 +80,7 @@ def main(path: str) -> None:
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(trainee.state)),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "device": backend.describe_device(),
-        "float32_matmul": jax.config.jax_default_matmul_precision or "default",
+        "float32_matmul": jax.config.values["jax_default_matmul_precision"] or "default",
         "micro_batches": joined.micro_batches,
         "parameters": num_parameters(trainee.state.params),
     }

@@ -150,7 +150,7 @@ def _python(found: Machine) -> Check:
         return Check("Python", "ok", f"{version}, without JAX: enough to start jobs")
     what = f"{version} with JAX {jax} for {'CUDA 12' if cuda else 'the CPU'}"
     if found.gpus.cards and cuda is None:
-        remedy = "Training here uses the CPU; MAINRUN_DEVICE=cuda12 task setup installs the other"
+        remedy = "Training here uses the CPU; MAINRUN_DEVICE=cuda12 ./task setup installs the other"
         return Check("Python", "warning", what, remedy)
     if sys.version_info < (3, 12):
         return Check("Python", "warning", what, "3.12 or newer gets a faster JAX")

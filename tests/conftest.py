@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mainrun.data import cache
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 HN_TITLES = REPOSITORY.parent / "shared" / "data" / "hn_titles.txt"
 
@@ -25,6 +27,8 @@ COMMAND_FIXTURES = {"mainrun", "finished_run"}
 
 _CACHE = "MAINRUN_CACHE_DIR"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of all sessions: finding the fonts takes 3 s. Nor is there to be a folder in the user's ~/.config.
+os.environ.setdefault("MPLCONFIGDIR", str(cache.folder() / "matplotlib"))
 for name in [n for n in os.environ if n.startswith("WANDB_")]:
     del os.environ[name]
 

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from mainrun.data import cache
+from mainrun.errors import UserError
 from mainrun.training import backend
 
 
@@ -44,3 +47,24 @@ def test_a_device_that_is_asked_for_and_absent_is_an_error_and_no_run_on_the_cpu
         if platform == "cuda" and done.returncode == 0:
             pytest.skip("this machine has a GPU")
         assert f"UserError: JAX_PLATFORMS={platform}, but JAX has no such device" in done.stderr
+
+
+def test_matplotlib_has_its_folder_among_the_caches_and_none_in_the_users_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MPLCONFIGDIR")
+    backend.prepare()
+    assert os.environ["MPLCONFIGDIR"] == str(cache.folder() / "matplotlib")
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
+    backend.prepare()
+    assert os.environ["MPLCONFIGDIR"] == str(tmp_path)
+
+
+def test_a_user_without_a_home_hears_of_the_variable_that_names_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "MAINRUN_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # of whom the list of users knows nothing
+    with pytest.raises(UserError, match="MAINRUN_CACHE_DIR"):
+        cache.folder()

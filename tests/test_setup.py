@@ -1,102 +1,22 @@
-"""The lock files, `requirements/install.py`, and the taskfile that calls it."""
+"""`requirements/install.py`: with which Python, when, and by what it installs."""
 
+import fcntl
 import importlib.util
+import json
 import re
+import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-LOCKS = ["cpu.txt", "cuda12.txt", "dev.txt"]
-PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
 spec = importlib.util.spec_from_file_location("install", ROOT / "requirements" / "install.py")
 assert spec is not None
 assert spec.loader is not None
 setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
-
-
-def locked(name: str) -> list[Requirement]:
-    """The requirements of a lock file, each on one line and without its hashes."""
-    text = (ROOT / "requirements" / name).read_text().replace("\\\n", " ")
-    lines = (line.split("--hash")[0].strip() for line in text.splitlines())
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
-
-
-def versions(name: str, python: str) -> dict[str, list[str]]:
-    """Package to the versions that a Linux machine with that Python installs."""
-    environment = {
-        "python_full_version": f"{python}.0", "python_version": python, "sys_platform": "linux",
-        "platform_machine": "x86_64", "platform_python_implementation": "CPython",
-    }  # fmt: skip
-    found: dict[str, list[str]] = {}
-    for requirement in locked(name):
-        if requirement.marker is None or requirement.marker.evaluate(environment):
-            found.setdefault(requirement.name, []).append(str(requirement.specifier))
-    return found
-
-
-@pytest.mark.parametrize("name", [*LOCKS, "host.txt"])
-def test_lock_pins_every_package_by_hash_and_names_no_address(name):
-    text = (ROOT / "requirements" / name).read_text()
-    assert not re.search(r"https?:|file:|://|--(extra-)?index|--find-links|--trusted| @ ", text)
-    blocks = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip())
-    loose = [b for b in blocks if not re.match(r"[a-z0-9.-]+==\S+( ; .+)? \\\n +--hash=sha256:", b)]
-    assert loose == []
-
-
-@pytest.mark.parametrize("python", PYTHONS)
-def test_locks_agree_wherever_they_share_a_package(python):
-    cpu, cuda12, dev = (versions(name, python) for name in LOCKS)
-    assert cpu.keys() <= cuda12.keys()
-    assert cpu.keys() <= dev.keys()
-    assert {name: dev[name] for name in cpu} == cpu
-    assert {name: found for name, found in cuda12.items() if name in dev} == {
-        name: found for name, found in dev.items() if name in cuda12
-    }
-
-
-@pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize("name", LOCKS)
-def test_lock_gives_one_version_of_each_package_to_each_python(name, python):
-    found = versions(name, python)
-    assert {package for package, pins in found.items() if len(pins) != 1} == set()
-    jax = tuple(int(part) for part in found["jax"][0].removeprefix("==").split("."))
-    assert jax >= (0, 11) if python != "3.11" else jax >= (0, 10, 2)
-    assert "torch" not in found
-
-
-def test_lock_satisfies_what_pyproject_asks_for():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    for name, asked in [("cpu.txt", "train"), ("cuda12.txt", "cuda12"), ("dev.txt", "dev")]:
-        pins = versions(name, "3.13")
-        for line in project["dependencies"] + extras[asked] + extras["editable"]:
-            wanted = Requirement(line)
-            if wanted.name != "mainrun":
-                pin = pins[wanted.name.lower()][0].removeprefix("==")
-                assert wanted.specifier.contains(pin), f"{name}: {line}, but {pin}; run `task lock`"
-
-
-@pytest.mark.parametrize("python", PYTHONS)
-def test_the_host_needs_a_part_of_the_lock_and_no_jax(python):
-    host, dev = versions("host.txt", python), versions("dev.txt", python)
-    assert host.items() <= dev.items()
-    assert not {"jax", "jaxlib", "numpy", "wandb", "torch"} & host.keys()
-
-
-def test_host_lock_satisfies_what_pyproject_asks_for():
-    test_lock_pins_every_package_by_hash_and_names_no_address("host.txt")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for line in project["dependencies"] + project["optional-dependencies"]["editable"]:
-        wanted = Requirement(line)
-        (pin,) = versions("host.txt", "3.13")[wanted.name.lower()]
-        assert wanted.specifier.contains(pin.removeprefix("==")), f"{line}, but {pin}"
 
 
 # --- which Python
@@ -110,12 +30,27 @@ class Machine:
         for folder in ("bin", "shims", "home"):
             (root / folder).mkdir()
 
-    def has(self, place: str, version: str | None, status: int = 0) -> Path:
+    def has(
+        self,
+        place: str,
+        version: str | None,
+        status: int = 0,
+        ensurepip: bool = True,
+        pip: bool = False,
+    ) -> Path:
         """An interpreter at `place` that calls itself `version` and ends with `status`."""
         path = self.root / place
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = (version or "0").replace(".", ", ")
-        path.write_text(f"#!/bin/sh\necho '[[{numbers}], \"{path}\"]'\nexit {status}\n")
+        answer = f'[[{numbers}], "{path}", {json.dumps(ensurepip)}, {json.dumps(pip)}]'
+        path.write_text(f"#!/bin/sh\necho '{answer}'\nexit {status}\n")
+        path.chmod(0o755)
+        return path
+
+    def has_uv(self, cache: str = "cache") -> Path:
+        """A uv whose cache is in `cache`."""
+        path = self.root / "bin" / "uv"
+        path.write_text(f"#!/bin/sh\necho '{self.root / cache}'\n")
         path.chmod(0o755)
         return path
 
@@ -135,19 +70,19 @@ def test_newest_python_is_taken(machine):
     machine.has("bin/python3.11", "3.11.9")
     newest = machine.has("bin/python3.13", "3.13.2")
     machine.has("bin/python3.12", "3.12.7")
-    assert setup.suitable_python(setup.MINORS) == ("3.13.2", str(newest))
+    assert setup.suitable_python(setup.MINORS) == ("3.13.2", str(newest), [])
 
 
 def test_shim_that_does_not_run_is_passed_over_for_the_same_name_behind_it(machine):
     machine.has("shims/python3.13", None, status=127)
     behind = machine.has("bin/python3.13", "3.13.0")
-    assert setup.suitable_python(setup.MINORS) == ("3.13.0", str(behind))
+    assert setup.suitable_python(setup.MINORS) == ("3.13.0", str(behind), [])
 
 
 def test_newest_python_that_cannot_make_an_environment_gives_way_to_an_older_one(machine):
     machine.has("bin/python3.14", "3.14.0", status=1)
     older = machine.has("bin/python3.12", "3.12.7")
-    assert setup.suitable_python(setup.MINORS) == ("3.12.7", str(older))
+    assert setup.suitable_python(setup.MINORS) == ("3.12.7", str(older), [])
 
 
 @pytest.mark.parametrize(
@@ -160,17 +95,32 @@ def test_newest_python_that_cannot_make_an_environment_gives_way_to_an_older_one
 def test_pyenv_and_uv_are_searched_and_the_latest_patch_wins(machine, place):
     machine.has("bin/python3.13", "3.13.9")
     hidden = machine.has(place, "3.13.10")
-    assert setup.suitable_python(setup.MINORS) == ("3.13.10", str(hidden))
+    assert setup.suitable_python(setup.MINORS) == ("3.13.10", str(hidden), [])
 
 
 def test_python_that_is_not_what_its_name_says_is_not_taken_for_it(machine):
     machine.has("bin/python3.14", "3.10.2")
     honest = machine.has("bin/python3.11", "3.11.2")
-    assert setup.suitable_python(setup.MINORS) == ("3.11.2", str(honest))
+    assert setup.suitable_python(setup.MINORS) == ("3.11.2", str(honest), [])
+
+
+def test_debian_without_ensurepip_gets_an_environment_without_pip(machine):
+    """Its pip, where there is one, installs into that from outside; so does uv."""
+    debian = machine.has("bin/python3.13", "3.13.5", ensurepip=False, pip=True)
+    bare = ("3.13.5", str(debian), ["--without-pip"])
+    assert setup.suitable_python(setup.MINORS) == bare
+
+    machine.has("bin/python3.13", "3.13.5", ensurepip=False)
+    older = machine.has("bin/python3.11", "3.11.2")
+    assert setup.suitable_python(setup.MINORS) == ("3.11.2", str(older), [])
+
+    machine.has_uv()
+    assert setup.suitable_python(setup.MINORS) == bare
 
 
 def test_machine_without_a_suitable_python_is_told_in_one_line(machine, capsys):
     machine.has("bin/python3.10", "3.10.2")
+    machine.has("bin/python3.12", "3.12.2", ensurepip=False)
     with pytest.raises(SystemExit) as stopped:
         setup.suitable_python(setup.MINORS)
     assert stopped.value.code == 2
@@ -204,12 +154,13 @@ def project(machine, tmp_path, monkeypatch):
     class Project:
         fails_at = ""
 
-        def run(self, command, what):
+        def run(self, command, what, venv):
             if "venv" in command:
                 python = tmp_path / ".venv" / "bin" / "python"
                 python.parent.mkdir(parents=True, exist_ok=True)
                 python.write_text("#!/bin/sh\necho 3.13.0\n")
                 python.chmod(0o755)
+                python.with_name("pip").touch()
             if what == self.fails_at:
                 raise KeyboardInterrupt
             self.done.append(what)
@@ -315,17 +266,80 @@ def test_unknown_word_is_told_what_there_is_to_install(project, monkeypatch, cap
     )
 
 
-# --- the taskfile
-
-TASKS = yaml.safe_load((ROOT / "taskfile.yml").read_text())["tasks"]
+# --- how to install
 
 
-@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"default"}))
-def test_every_task_says_what_it_does(name):
-    assert TASKS[name]["desc"]
+def test_uv_installs_where_it_is_and_without_a_cache_where_that_cannot_be_written(machine):
+    python = machine.has(".venv/bin/python", "3.13.0")
+    uv = str(machine.has_uv())
+    install = ["pip", "install", "--compile-bytecode", "--python", str(python)]
+    assert setup.installer(python) == [uv, *install]
+    machine.has_uv(cache="bin/uv/no-folder")
+    assert setup.installer(python) == [uv, "--no-cache", *install]
 
 
-@pytest.mark.parametrize("name", TASKS.keys())
-def test_every_task_that_uses_the_environment_makes_it_first(name):
-    uses = any(str(command).startswith(".venv/bin/") for command in TASKS[name]["cmds"])
-    assert not uses or {"setup", "dev"} & set(TASKS[name]["deps"])
+def test_pip_of_the_environment_comes_before_the_one_beside_its_python(machine):
+    python = machine.root / ".venv" / "bin" / "python"
+    outside = machine.has("bin/python3.13", "3.13.0", ensurepip=False, pip=True)
+    python.parent.mkdir(parents=True)
+    python.write_text(outside.read_text().replace("true", "false"))  # as a venv's answers
+    python.chmod(0o755)
+    pip = ["-m", "pip", "--disable-pip-version-check", "--no-input"]
+    assert setup.installer(python) == [str(outside), *pip, "--python", str(python), "install"]
+    python.with_name("pip").touch()
+    assert setup.installer(python) == [str(python), *pip, "install"]
+
+
+def test_environment_that_nothing_installs_into_is_told_in_one_line(machine, capsys):
+    with pytest.raises(SystemExit):
+        setup.installer(machine.has(".venv/bin/python", "3.13.0"))
+    assert re.fullmatch(r"setup: neither uv nor a pip .+\n", capsys.readouterr().err)
+
+
+@pytest.mark.medium
+def test_this_python_makes_an_environment_without_pip_and_installs_into_it(tmp_path, monkeypatch):
+    """The real way of a Debian without ensurepip, with a package that needs no index."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = setup.probe(sys.executable)
+    assert found is not None
+    python = tmp_path / ".venv" / "bin" / "python"
+    subprocess.run([found[1], "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    if not setup.probe(found[1])[3]:
+        pytest.skip(f"no pip 22.3 beside {found[1]}: python -m ensurepip")
+    (tmp_path / "nothing.txt").write_text("")
+    setup.run([*setup.installer(python), "-r", str(tmp_path / "nothing.txt")], "it", tmp_path)
+    assert not python.with_name("pip").exists()
+
+    # A pip in an environment is none beside its Python.
+    (site,) = (tmp_path / ".venv" / "lib").glob("python3*/site-packages/")
+    (site / "pip").mkdir()
+    for name in ("__init__.py", "__pip-runner__.py"):
+        (site / "pip" / name).touch()
+    assert setup.probe(str(python))[3] is False
+
+
+def test_two_at_once_do_the_work_once(project, monkeypatch):
+    """The second says that it waits, then finds what the first has done."""
+    monkeypatch.setenv("MAINRUN_DEVICE", "cpu")
+    monkeypatch.setattr(sys, "argv", ["install.py", "train"])
+    project.needs(*TRAIN)
+    project.done = []
+    install, said = setup.install, []
+
+    def install_under_the_lock(*arguments):
+        with open(setup.__file__) as third, pytest.raises(BlockingIOError):
+            fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        install(*arguments)
+
+    monkeypatch.setattr(setup, "install", install_under_the_lock)
+    with open(setup.__file__) as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+
+        def say(line):
+            said.append(line)
+            fcntl.flock(first, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(setup, "say", say)
+        setup.main()
+    assert said == ["another task is at it; waiting for that"]
+    assert project.done == []

@@ -42,14 +42,14 @@ class Step(NamedTuple):
 # Minutes of two cores, a quarter to spare; what one step leaves, the next may take. PyTorch or an
 # Engine that cannot be had skips the tests that need it, and the allowed reasons judge that.
 PLAN = (
-    Step("environment", 6, ["task", "-x", "dev"], is_tier=False),
-    Step("PyTorch", 5, ["task", "-x", "oracle"], is_tier=False),
-    Step("test", 12, ["task", "-x", "test", "--"]),
-    Step("test-all", 42, ["task", "-x", "test-all", "--"]),
+    Step("environment", 6, ["./task", "-x", "dev"], is_tier=False),
+    Step("PyTorch", 5, ["./task", "-x", "oracle"], is_tier=False),
+    Step("test", 12, ["./task", "-x", "test", "--"]),
+    Step("test-all", 42, ["./task", "-x", "test-all", "--"]),
     Step("Docker Engine", 5, ["tests/engine.sh"], is_tier=False),
-    Step("test-docker", 14, ["task", "-x", "test-docker", "--"]),
+    Step("test-docker", 14, ["./task", "-x", "test-docker", "--"]),
 )
-WITH_GPU = (*PLAN, Step("test-gpu", 10, ["task", "-x", "test-gpu", "--"]))
+WITH_GPU = (*PLAN, Step("test-gpu", 10, ["./task", "-x", "test-gpu", "--"]))
 
 
 def main(

@@ -14,12 +14,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from mainrun.errors import UserError
+
 
 def folder() -> Path:
     """$MAINRUN_CACHE_DIR, else $XDG_CACHE_HOME/mainrun, else ~/.cache/mainrun."""
     if chosen := os.environ.get("MAINRUN_CACHE_DIR"):
         return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise UserError("this user has no home: MAINRUN_CACHE_DIR names a folder for caches")
     return Path(home) / "mainrun"
 
 

@@ -1,6 +1,7 @@
 """The compiler's own count of a training step's bytes, and whether the device has them."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,7 +72,7 @@ def step_bytes(
     # It will not run, so fast machine code is not worth its time; the count is the same (two
     # layers on a CPU: 3.4 s instead of 5.0). Not tried on a GPU.
     is_cpu = (device or jax.devices()[0]).platform == "cpu"
-    options = {"xla_backend_optimization_level": 0} if is_cpu else None
+    options: dict[str, Any] | None = {"xla_backend_optimization_level": 0} if is_cpu else None
     return executable_bytes(lowered.compile(options))
 
 

@@ -242,7 +242,7 @@ def _check(chosen: range, total_steps: int) -> None:
 
 @contextmanager
 def _cache_disabled() -> Iterator[None]:
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

@@ -40,6 +40,8 @@ def prepare() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # Else matplotlib makes a folder for settings in the user's home.
+    os.environ.setdefault("MPLCONFIGDIR", str(cache.folder() / "matplotlib"))
     _check_platform()
 
 

@@ -321,7 +321,7 @@ def _split(named: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def _damage(folder: Path, error: Exception) -> str | None:
