@@ -116,17 +116,22 @@ def descent(kind: Any, precision: str) -> Callable:
     return jax.jit(run)
 
 
-@pytest.mark.parametrize(("kind", "precision", "schedule"), EVERYTHING, ids=label)
-def test_a_convex_loss_falls_and_types_stay(kind: Any, precision: str, schedule: Any) -> None:
-    rate = course(schedule, TUNED[kind]["learning_rate"], CONVEX_STEPS)
-    rates = jax.vmap(lambda count: jnp.asarray(rate(count), jnp.float32))(jnp.arange(CONVEX_STEPS))
-    params, opt_state, overflows = descent(kind, precision)(rates)
-    before, after = (float(convex_loss(p, "float32")) for p in (START, params))
-    assert after < before / 5
-    assert dtypes(params) == dtypes(START)
-    abstract = jax.eval_shape(optimizers.optimizer(tuned(kind), rate, 1.0).init, START)
-    assert dtypes(opt_state) == dtypes(abstract)
-    assert int(overflows) < CONVEX_STEPS / 2
+def rates_of(rate: optax.Schedule) -> jax.Array:
+    """The learning rate of each step."""
+    return jax.vmap(lambda count: jnp.asarray(rate(count), jnp.float32))(jnp.arange(CONVEX_STEPS))
+
+
+def test_a_convex_loss_falls_and_types_stay(subtests: pytest.Subtests) -> None:
+    before = float(convex_loss(START, "float32"))
+    for kind, precision, schedule in EVERYTHING:
+        with subtests.test(kind=kind.kind, precision=precision, schedule=schedule.kind):
+            rate = course(schedule, TUNED[kind]["learning_rate"], CONVEX_STEPS)
+            params, opt_state, overflows = descent(kind, precision)(rates_of(rate))
+            assert float(convex_loss(params, "float32")) < before / 5
+            assert dtypes(params) == dtypes(START)
+            abstract = jax.eval_shape(optimizers.optimizer(tuned(kind), rate, 1.0).init, START)
+            assert dtypes(opt_state) == dtypes(abstract)
+            assert int(overflows) < CONVEX_STEPS / 2
 
 
 # ---------------------------------------------------------------------------------------------
