@@ -153,11 +153,12 @@ def test_running_out_of_memory_is_told_with_what_takes_clearly_less() -> None:
     assert all(needed(settings(*words.split())) <= 0.75 * whole for words in told(text))
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), UserError("no RESOURCE_EXHAUSTED")])
-def test_other_errors_stay_what_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, memory.explained(1, settings(), VOCAB):
-        raise error
-    assert raised.value is error
+def test_other_errors_stay_what_they_are(subtests: pytest.Subtests) -> None:
+    for error in [ValueError("a bug"), UserError("no RESOURCE_EXHAUSTED")]:
+        with subtests.test(error=error):
+            with pytest.raises(type(error)) as raised, memory.explained(1, settings(), VOCAB):
+                raise error
+            assert raised.value is error
 
 
 def test_a_run_that_is_out_of_memory_has_failed_and_its_record_says_why(

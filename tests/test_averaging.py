@@ -44,19 +44,23 @@ def sampled(course: np.ndarray, samples: Samples) -> np.ndarray:
     return taken.mean(0) if len(taken) else course[-1]
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.99, 0.99999])
-def test_the_moving_average_forgets_exponentially_and_begins_without_bias(decay: float) -> None:
-    course = some_course(60)
-    for length, found in enumerate(averages(config.Ema(decay=decay), course), start=1):
-        # 60 roundings to float32 of numbers up to 3
-        np.testing.assert_allclose(found, moving(course[:length], decay), atol=3e-6)
+def test_the_moving_average_forgets_exponentially_and_begins_without_bias(
+    subtests: pytest.Subtests,
+) -> None:
+    for decay in [0.5, 0.99, 0.99999]:
+        with subtests.test(decay=decay):
+            course = some_course(60)
+            for length, found in enumerate(averages(config.Ema(decay=decay), course), start=1):
+                # 60 roundings to float32 of numbers up to 3
+                np.testing.assert_allclose(found, moving(course[:length], decay), atol=3e-6)
 
 
-@pytest.mark.parametrize("samples", [Samples(1, 1), Samples(3, 4), Samples(12, 1), Samples(20, 9)])
-def test_the_average_of_samples_is_their_plain_mean(samples: Samples) -> None:
-    course = some_course(25)
-    for length, found in enumerate(averages(config.Swa(), course, samples), start=1):
-        np.testing.assert_allclose(found, sampled(course[:length], samples), atol=2e-6)
+def test_the_average_of_samples_is_their_plain_mean(subtests: pytest.Subtests) -> None:
+    for samples in [Samples(1, 1), Samples(3, 4), Samples(12, 1), Samples(20, 9)]:
+        with subtests.test(samples=samples):
+            course = some_course(25)
+            for length, found in enumerate(averages(config.Swa(), course, samples), start=1):
+                np.testing.assert_allclose(found, sampled(course[:length], samples), atol=2e-6)
 
 
 def test_without_an_average_none_is_kept() -> None:
@@ -64,21 +68,20 @@ def test_without_an_average_none_is_kept() -> None:
     assert averaging.averaged(None, {}, {"a": jnp.ones(3)}, jnp.int32(1)) == {}
 
 
-@pytest.mark.parametrize(
-    ("start", "every", "expected"),
-    [
+def test_samples_are_where_the_settings_say_and_at_least_one(
+    corpus: Path, tiny: list[str], subtests: pytest.Subtests
+) -> None:
+    cases = [
         ("{fraction: 0.75}", "{fraction: 0.05}", Samples(30, 2)),
         ("{steps: 0}", "{fraction: 0}", Samples(1, 1)),
         ("{fraction: 1}", "{steps: 7}", Samples(40, 7)),
         ("{steps: 1000}", "{steps: 7}", Samples(40, 7)),  # the last, so that there is one
-    ],
-)
-def test_samples_are_where_the_settings_say_and_at_least_one(
-    corpus: Path, tiny: list[str], start: str, every: str, expected: Samples
-) -> None:
-    average = f"training.weight_average={{kind: swa, start: {start}, every: {every}}}"
-    settings = config.load(None, [*tiny, average])
-    assert parts.assemble(settings, parts.read_texts(settings)).samples == expected
+    ]
+    for start, every, expected in cases:
+        with subtests.test(start=start, every=every):
+            average = f"training.weight_average={{kind: swa, start: {start}, every: {every}}}"
+            settings = config.load(None, [*tiny, average])
+            assert parts.assemble(settings, parts.read_texts(settings)).samples == expected
 
 
 @pytest.mark.slow

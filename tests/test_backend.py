@@ -12,9 +12,8 @@ from mainrun.errors import UserError
 from mainrun.training import backend
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "context_length", "at_least", "expected"),
-    [
+def test_a_cpu_takes_micro_batches_of_a_thousand_tokens(subtests: pytest.Subtests) -> None:
+    cases = [
         (64, 128, 1, 8),  # 1,024 tokens each
         (64, 128, 16, 16),
         (8, 128, 1, 1),
@@ -22,12 +21,15 @@ from mainrun.training import backend
         (7, 512, 1, 7),  # no divisor fits: single sequences
         (4, 4096, 1, 4),  # one sequence is more than that
         (4, 4096, 4, 4),
-    ],
-)
-def test_a_cpu_takes_micro_batches_of_a_thousand_tokens(
-    batch_size: int, context_length: int, at_least: int, expected: int
-) -> None:
-    assert backend.micro_batches(batch_size, context_length, at_least=at_least) == expected
+    ]
+    for batch_size, context_length, at_least, expected in cases:
+        with subtests.test(
+            batch_size=batch_size,
+            context_length=context_length,
+            at_least=at_least,
+            expected=expected,
+        ):
+            assert backend.micro_batches(batch_size, context_length, at_least=at_least) == expected
 
 
 def test_peak_memory_is_the_processs_own_and_not_its_parents() -> None:

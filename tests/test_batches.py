@@ -44,47 +44,52 @@ def lengths_around(context_length):
 
 
 CASES = [
-    pytest.param(packing, t, lengths, id=f"{packing}-{t}-case{i}")
+    (packing, t, lengths)
     for packing, t in itertools.product(PACKINGS, [2, 3, 8, 31])
-    for i, lengths in enumerate(lengths_around(t))
+    for lengths in lengths_around(t)
 ]
 
 
-@pytest.mark.parametrize(("packing", "context_length", "lengths"), CASES)
-def test_every_token_is_a_target_once_after_the_token_before_it(packing, context_length, lengths):
-    documents = some_documents(lengths)
-    text, _ = joined(documents)
-    windows = packed(documents, context_length, packing)
-    seen = []
-    for inputs, targets, positions in zip(
-        windows.inputs.tolist(), windows.targets.tolist(), windows.positions.tolist(), strict=True
-    ):
-        assert len(positions) == context_length
-        assert any(p >= 0 for p in positions)
-        for token, target, position in zip(inputs, targets, positions, strict=True):
-            if position < 0:
-                assert target == PAD
-                continue
-            assert target == text[position]
-            assert token == (text[position - 1] if position else EOS)
-            seen.append(position)
-    assert sorted(seen) == list(range(len(text)))
+def test_every_token_is_a_target_once_after_the_token_before_it(subtests: pytest.Subtests):
+    for packing, context_length, lengths in CASES:
+        with subtests.test(packing=packing, context_length=context_length, lengths=lengths):
+            documents = some_documents(lengths)
+            text, _ = joined(documents)
+            windows = packed(documents, context_length, packing)
+            seen = []
+            for inputs, targets, positions in zip(
+                windows.inputs.tolist(),
+                windows.targets.tolist(),
+                windows.positions.tolist(),
+                strict=True,
+            ):
+                assert len(positions) == context_length
+                assert any(p >= 0 for p in positions)
+                for token, target, position in zip(inputs, targets, positions, strict=True):
+                    if position < 0:
+                        assert target == PAD
+                        continue
+                    assert target == text[position]
+                    assert token == (text[position - 1] if position else EOS)
+                    seen.append(position)
+            assert sorted(seen) == list(range(len(text)))
 
 
-@pytest.mark.parametrize(("packing", "context_length", "lengths"), CASES)
 def test_tokens_of_a_row_share_a_segment_exactly_when_they_share_a_document(
-    packing, context_length, lengths
+    subtests: pytest.Subtests,
 ):
-    documents = some_documents(lengths)
-    _, owner = joined(documents)
-    windows = packed(documents, context_length, packing)
-    batch = batches.take(windows, np.arange(len(windows)))
-    for segments, positions in zip(
-        batch.segment_ids.tolist(), windows.positions.tolist(), strict=True
-    ):
-        real = [(s, owner[p]) for s, p in zip(segments, positions, strict=True) if p >= 0]
-        for (segment, document), (other_segment, other) in itertools.combinations(real, 2):
-            assert (segment == other_segment) == (document == other)
+    for packing, context_length, lengths in CASES:
+        with subtests.test(packing=packing, context_length=context_length, lengths=lengths):
+            documents = some_documents(lengths)
+            _, owner = joined(documents)
+            windows = packed(documents, context_length, packing)
+            batch = batches.take(windows, np.arange(len(windows)))
+            for segments, positions in zip(
+                batch.segment_ids.tolist(), windows.positions.tolist(), strict=True
+            ):
+                real = [(s, owner[p]) for s, p in zip(segments, positions, strict=True) if p >= 0]
+                for (segment, document), (other_segment, other) in itertools.combinations(real, 2):
+                    assert (segment == other_segment) == (document == other)
 
 
 def test_stream_cuts_the_joined_text_into_windows_that_are_views_of_one_array():
@@ -113,13 +118,13 @@ def naive_best_fit_fills(lengths, capacity):
     return sorted(fills)
 
 
-@pytest.mark.parametrize("context_length", [2, 7, 16, 64])
-@pytest.mark.parametrize("seed", range(5))
-def test_whole_documents_are_packed_by_best_fit_longest_first(context_length, seed):
-    lengths = np.random.default_rng(seed).integers(0, 2 * context_length, 300)
-    windows = packed(some_documents(lengths), context_length, "documents")
-    fills = sorted((windows.positions >= 0).sum(axis=1).tolist())
-    assert fills == naive_best_fit_fills([int(n) + 1 for n in lengths], context_length)
+def test_whole_documents_are_packed_by_best_fit_longest_first(subtests: pytest.Subtests):
+    for context_length, seed in itertools.product([2, 7, 16, 64], range(5)):
+        with subtests.test(context_length=context_length, seed=seed):
+            lengths = np.random.default_rng(seed).integers(0, 2 * context_length, 300)
+            windows = packed(some_documents(lengths), context_length, "documents")
+            fills = sorted((windows.positions >= 0).sum(axis=1).tolist())
+            assert fills == naive_best_fit_fills([int(n) + 1 for n in lengths], context_length)
 
 
 def test_only_documents_longer_than_a_window_are_cut_and_only_where_they_must():
@@ -144,21 +149,24 @@ def test_packing_is_deterministic_and_keeps_the_order_of_the_text():
     assert earliest == sorted(earliest)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize(("largest", "dtype"), [(65_535, np.uint16), (65_536, np.int32)])
-def test_ids_take_two_bytes_where_they_fit(packing, largest, dtype):
-    windows = packed([np.array([5, largest], np.int32)], 4, packing)
-    assert windows.inputs.dtype == windows.targets.dtype == dtype
-    assert windows.targets[0, 1] == largest
-    assert batches.take(windows, np.arange(1)).targets[0, 1] == largest
+def test_ids_take_two_bytes_where_they_fit(subtests: pytest.Subtests):
+    for packing, (largest, dtype) in itertools.product(
+        PACKINGS, [(65_535, np.uint16), (65_536, np.int32)]
+    ):
+        with subtests.test(packing=packing, largest=largest, dtype=dtype):
+            windows = packed([np.array([5, largest], np.int32)], 4, packing)
+            assert windows.inputs.dtype == windows.targets.dtype == dtype
+            assert windows.targets[0, 1] == largest
+            assert batches.take(windows, np.arange(1)).targets[0, 1] == largest
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_weights_are_one_on_tokens_and_zero_on_padding(packing):
-    windows = packed(some_documents([3, 9, 5]), 8, packing)
-    batch = batches.take(windows, np.arange(len(windows)))
-    assert batch.weights.sum() == 3 + 9 + 5 + 3
-    np.testing.assert_array_equal(batch.weights == 0, windows.positions == -1)
+def test_weights_are_one_on_tokens_and_zero_on_padding(subtests: pytest.Subtests):
+    for packing in PACKINGS:
+        with subtests.test(packing=packing):
+            windows = packed(some_documents([3, 9, 5]), 8, packing)
+            batch = batches.take(windows, np.arange(len(windows)))
+            assert batch.weights.sum() == 3 + 9 + 5 + 3
+            np.testing.assert_array_equal(batch.weights == 0, windows.positions == -1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,11 +192,12 @@ def test_an_epoch_is_the_whole_batches():
     assert batches.steps_per_epoch(WINDOWS, 75) == 1
 
 
-@pytest.mark.parametrize("order", ["sequential", "shuffled"])
-def test_an_epoch_reads_no_window_twice(order):
-    for epoch in range(3):
-        rows = [r for step in range(9) for r in rows_of(batch_of(epoch * 9 + step, order))]
-        assert len(rows) == len(set(rows)) == 9 * BATCH_SIZE
+def test_an_epoch_reads_no_window_twice(subtests: pytest.Subtests):
+    for order in ["sequential", "shuffled"]:
+        with subtests.test(order=order):
+            for epoch in range(3):
+                rows = [r for step in range(9) for r in rows_of(batch_of(epoch * 9 + step, order))]
+                assert len(rows) == len(set(rows)) == 9 * BATCH_SIZE
 
 
 def test_sequential_batches_are_the_windows_in_order_in_every_epoch():
@@ -215,14 +224,15 @@ def test_batch_n_is_the_same_whatever_was_asked_before():
             np.testing.assert_array_equal(once, again)
 
 
-@pytest.mark.parametrize("order", ["sequential", "shuffled"])
-def test_all_of_a_batch_is_of_the_same_windows(order):
-    for index in (0, 5, 13):
-        batch = batch_of(index, order)
-        rows = rows_of(batch)
-        np.testing.assert_array_equal(batch.inputs, WINDOWS.inputs[rows])
-        np.testing.assert_array_equal(batch.weights, WINDOWS.positions[rows] >= 0)
-        assert {array.dtype for array in batch} == {np.dtype("int32"), np.dtype("float32")}
+def test_all_of_a_batch_is_of_the_same_windows(subtests: pytest.Subtests):
+    for order in ["sequential", "shuffled"]:
+        with subtests.test(order=order):
+            for index in (0, 5, 13):
+                batch = batch_of(index, order)
+                rows = rows_of(batch)
+                np.testing.assert_array_equal(batch.inputs, WINDOWS.inputs[rows])
+                np.testing.assert_array_equal(batch.weights, WINDOWS.positions[rows] >= 0)
+                assert {array.dtype for array in batch} == {np.dtype("int32"), np.dtype("float32")}
 
 
 def test_changing_a_batch_does_not_change_the_windows():

@@ -72,9 +72,10 @@ def rows(
     return [found[step] for step in sorted(found)]
 
 
-@pytest.mark.parametrize("evaluations", [[], [(0, 5.0)], [(0, 5.0), (9, math.nan)]])
-def test_there_is_no_curve_before_the_second_number(evaluations: list[tuple[int, float]]):
-    assert loss_curve(rows(evaluations, [(1, 4.0), (2, 3.0)])) == ""
+def test_there_is_no_curve_before_the_second_number(subtests: pytest.Subtests):
+    for evaluations in [[], [(0, 5.0)], [(0, 5.0), (9, math.nan)]]:
+        with subtests.test(evaluations=evaluations):
+            assert loss_curve(rows(evaluations, [(1, 4.0), (2, 3.0)])) == ""
 
 
 def test_evaluations_at_even_distances_are_drawn_as_they_are():
@@ -87,20 +88,21 @@ def test_evaluations_at_even_distances_are_drawn_as_they_are():
     ]
 
 
-@pytest.mark.parametrize("steps", [[0, 7, 100, 101, 640], list(range(0, 1000, 3)), [5, 6, 8]])
-def test_the_curve_runs_through_the_evaluations_wherever_they_are(steps: list[int]):
+def test_the_curve_runs_through_the_evaluations_wherever_they_are(subtests: pytest.Subtests):
     def loss(step: float) -> float:
         return 9 - step / 100
 
-    training = [(step, loss(step) + 1) for step in range(steps[0], steps[-1] + 50)]
-    chart = read(loss_curve(rows([(step, loss(step)) for step in steps], training)))
-    assert chart.x == (steps[0], steps[-1])
-    for name, above in (("validation", 0), ("training", 1)):
-        places = chart.steps(name)
-        distance = places[1] - places[0]
-        expected = [loss(place) + above for place in places]
-        # A value stands at the nearest place, at most half a distance from its step.
-        np.testing.assert_allclose(chart.curves[name], expected, atol=distance / 200 + 2e-3)
+    for steps in [[0, 7, 100, 101, 640], list(range(0, 1000, 3)), [5, 6, 8]]:
+        with subtests.test(steps=steps):
+            training = [(step, loss(step) + 1) for step in range(steps[0], steps[-1] + 50)]
+            chart = read(loss_curve(rows([(step, loss(step)) for step in steps], training)))
+            assert chart.x == (steps[0], steps[-1])
+            for name, above in (("validation", 0), ("training", 1)):
+                places = chart.steps(name)
+                distance = places[1] - places[0]
+                expected = [loss(place) + above for place in places]
+                # A value stands at the nearest place, at most half a distance from its step.
+                np.testing.assert_allclose(chart.curves[name], expected, atol=distance / 200 + 2e-3)
 
 
 def test_a_point_of_the_training_loss_is_the_mean_of_the_losses_around_it():
@@ -152,17 +154,16 @@ def test_training_after_the_last_evaluation_is_said():
     assert "went on" not in loss_curve(rows([(0, 5.0), (10, 4.0)], [(5, 4.5), (10, 4.2)]))
 
 
-@pytest.mark.parametrize(
-    "losses", [(5.0, 4.0), (3.0, 3.0), (0.0, 0.0), (1e-7, 2e-7), (1e12, 3.0), (-1.0, 2.0)]
-)
-def test_the_axis_holds_all_values_with_a_little_room(losses: tuple[float, float]):
-    evaluations = [(0, losses[0]), (1, losses[1])]
-    chart = read(loss_curve(rows(evaluations)))
-    values = chart.curves["validation"]
-    assert values == pytest.approx(losses, rel=1e-2, abs=0)
-    low, high = chart.y
-    assert low < min(values) <= max(values) < high
-    assert high - low <= 1.2 * (max(values) - min(values) or max(abs(values[0]), 1))
+def test_the_axis_holds_all_values_with_a_little_room(subtests: pytest.Subtests):
+    for losses in [(5.0, 4.0), (3.0, 3.0), (0.0, 0.0), (1e-7, 2e-7), (1e12, 3.0), (-1.0, 2.0)]:
+        with subtests.test(losses=losses):
+            evaluations = [(0, losses[0]), (1, losses[1])]
+            chart = read(loss_curve(rows(evaluations)))
+            values = chart.curves["validation"]
+            assert values == pytest.approx(losses, rel=1e-2, abs=0)
+            low, high = chart.y
+            assert low < min(values) <= max(values) < high
+            assert high - low <= 1.2 * (max(values) - min(values) or max(abs(values[0]), 1))
 
 
 def test_a_record_without_nats_per_token_is_drawn_per_character_and_without_training():

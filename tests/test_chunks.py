@@ -18,14 +18,17 @@ def cost(
     return factor * (jnp.tanh(features @ table.T).sum(-1) * rows).sum(), rows.sum()
 
 
-@pytest.mark.parametrize(
-    ("batch", "time", "most", "expected"),
-    [(4, 8, 32, 1), (4, 8, 31, 2), (4, 8, 8, 4), (4, 8, 1, 8), (1, 7, 3, 7), (2, 6, 5, 3)],
-)
-def test_time_is_cut_into_the_fewest_equal_stretches(
-    batch: int, time: int, most: int, expected: int
-) -> None:
-    assert chunks.count(batch, time, most_tokens=most) == expected
+def test_time_is_cut_into_the_fewest_equal_stretches(subtests: pytest.Subtests) -> None:
+    for batch, time, most, expected in [
+        (4, 8, 32, 1),
+        (4, 8, 31, 2),
+        (4, 8, 8, 4),
+        (4, 8, 1, 8),
+        (1, 7, 3, 7),
+        (2, 6, 5, 3),
+    ]:
+        with subtests.test(batch=batch, time=time, most=most):
+            assert chunks.count(batch, time, most_tokens=most) == expected
 
 
 def test_cutting_is_undone_by_joining_and_keeps_the_batch_together() -> None:

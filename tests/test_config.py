@@ -99,12 +99,15 @@ def mappings(value: object) -> Iterator[dict]:
             yield from mappings(item)
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "base.yaml", *sorted((ROOT / "base").glob("*.yaml"))], ids=lambda p: p.stem
-)
-def test_every_shipped_config_loads_and_survives_printing(path: Path, tmp_path: Path) -> None:
-    loaded = config.load(path)
-    assert config.load(write(tmp_path / "again.yaml", config.to_yaml(loaded))) == loaded
+def test_every_shipped_config_loads_and_survives_printing(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    paths = sorted((ROOT / "base").glob("*.yaml"))
+    assert paths
+    for path in [ROOT / "base.yaml", *paths]:
+        with subtests.test(path.stem):
+            loaded = config.load(path)
+            assert config.load(write(tmp_path / "again.yaml", config.to_yaml(loaded))) == loaded
 
 
 def test_overrides_win_and_take_leading_dashes() -> None:
@@ -112,9 +115,8 @@ def test_overrides_win_and_take_leading_dashes() -> None:
     assert (loaded.training.batch_size, loaded.seed) == (16, 7)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
+def test_scalars_are_those_of_yaml_1_2(subtests: pytest.Subtests) -> None:
+    cases = [
         ("1e-3", 1e-3),
         ("6E-3", 6e-3),
         ("on", "on"),
@@ -135,12 +137,12 @@ def test_overrides_win_and_take_leading_dashes() -> None:
         ("'1'", "1"),
         ("[a, 2]", ["a", 2]),
         ("{a: 1e2}", {"a": 100.0}),
-    ],
-)
-def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
-    parsed = yaml12.parse(text)
-    assert parsed == value
-    assert type(parsed) is type(value)
+    ]
+    for text, value in cases:
+        with subtests.test(text=text, value=value):
+            parsed = yaml12.parse(text)
+            assert parsed == value
+            assert type(parsed) is type(value)
 
 
 def test_overrides_are_taken_as_an_agent_of_wandb_passes_them() -> None:
@@ -163,9 +165,11 @@ def test_overrides_are_taken_as_an_agent_of_wandb_passes_them() -> None:
     assert (loaded.training.max_steps, loaded.training.grad_clip) == (5, None)
 
 
-@pytest.mark.parametrize("text", ["None of it", "'None'", "Nonesuch"])
-def test_none_inside_a_text_is_text(text: str) -> None:
-    assert config.load(None, [f"tracking.project={text}"]).tracking.project == text.strip("'")
+def test_none_inside_a_text_is_text(subtests: pytest.Subtests) -> None:
+    for text in ["None of it", "'None'", "Nonesuch"]:
+        with subtests.test(text=text):
+            project = config.load(None, [f"tracking.project={text}"]).tracking.project
+            assert project == text.strip("'")
 
 
 def test_changing_a_kind_leaves_nothing_of_the_old_one() -> None:
@@ -186,9 +190,8 @@ def test_a_file_that_changes_a_kind_leaves_nothing_of_its_parents(tmp_path: Path
     assert config.load(child).optimizer == config.Sgd()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "path", "expected"),
-    [
+def test_a_mapping_inside_a_new_kind_has_the_default_kind(subtests: pytest.Subtests) -> None:
+    cases = [
         (
             ["model.attention.kind=sparse", "model.attention.pattern.num_verts=4"],
             "model.attention",
@@ -206,15 +209,13 @@ def test_a_file_that_changes_a_kind_leaves_nothing_of_its_parents(tmp_path: Path
             "model.attention.pattern",
             config.StridedKeys(stride=8),
         ),
-    ],
-)
-def test_a_mapping_inside_a_new_kind_has_the_default_kind(
-    overrides: list[str], path: str, expected: object
-) -> None:
-    found: object = config.load(None, overrides)
-    for name in path.split("."):
-        found = getattr(found, name)
-    assert found == expected
+    ]
+    for overrides, path, expected in cases:
+        with subtests.test(overrides=overrides, path=path):
+            found: object = config.load(None, overrides)
+            for name in path.split("."):
+                found = getattr(found, name)
+            assert found == expected
 
 
 def test_what_an_architecture_adds_is_printed_beside_its_width() -> None:
@@ -223,11 +224,12 @@ def test_what_an_architecture_adds_is_printed_beside_its_width() -> None:
         assert list(model)[: 2 + len(own)] == ["kind", "d_model", *own]
 
 
-@pytest.mark.parametrize("unit", ["steps", "epochs", "tokens", "fraction"])
-def test_a_new_unit_replaces_the_old_duration(unit: str) -> None:
-    loaded = config.load(None, [f"schedule.warmup.{unit}=1"])
-    assert loaded.schedule.warmup == config.Duration(**{unit: 1})
-    assert config.as_dict(loaded)["schedule"]["warmup"] == {unit: 1}
+def test_a_new_unit_replaces_the_old_duration(subtests: pytest.Subtests) -> None:
+    for unit in ["steps", "epochs", "tokens", "fraction"]:
+        with subtests.test(unit=unit):
+            loaded = config.load(None, [f"schedule.warmup.{unit}=1"])
+            assert loaded.schedule.warmup == config.Duration(**{unit: 1})
+            assert config.as_dict(loaded)["schedule"]["warmup"] == {unit: 1}
 
 
 def test_groups_of_parameters_are_read_printed_and_read_again(tmp_path: Path) -> None:
@@ -265,10 +267,11 @@ def test_durations_are_steps_whatever_their_unit() -> None:
     assert config.Duration(fraction=0.1).in_steps(**lengths) == 20
 
 
-@pytest.mark.parametrize(("tokens", "steps"), [(0, 0), (149, 1), (151, 2), (249, 2), (251, 3)])
-def test_tokens_are_rounded_to_the_nearest_step(tokens: int, steps: int) -> None:
-    lengths = {"total_steps": 9, "steps_per_epoch": 9, "tokens_per_step": 100}
-    assert config.Duration(tokens=tokens).in_steps(**lengths) == steps
+def test_tokens_are_rounded_to_the_nearest_step(subtests: pytest.Subtests) -> None:
+    for tokens, steps in [(0, 0), (149, 1), (151, 2), (249, 2), (251, 3)]:
+        with subtests.test(tokens=tokens, steps=steps):
+            lengths = {"total_steps": 9, "steps_per_epoch": 9, "tokens_per_step": 100}
+            assert config.Duration(tokens=tokens).in_steps(**lengths) == steps
 
 
 OPTIMIZERS = (
@@ -277,9 +280,8 @@ OPTIMIZERS = (
 )
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
+def test_what_does_not_fit_is_named_with_the_remedy(subtests: pytest.Subtests) -> None:
+    cases = [
         ("model.dmodel=64", "did you mean `model.d_model`?"),
         ("d_model=64", "did you mean `model.d_model`?"),
         ("optimiser.kind=sgd", "did you mean `optimizer`"),
@@ -363,10 +365,10 @@ OPTIMIZERS = (
         ("training.weight_average={kind: ema, decay: 1}", "weight_average.decay=1: must be less"),
         ("training.weight_average={kind: ema, every: {steps: 2}}", "unknown setting "
          "`training.weight_average.every`: it belongs to training.weight_average.kind=swa"),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit_is_named_with_the_remedy(override: str, said: str) -> None:
-    assert said in complaint(override)
+    ]  # fmt: skip
+    for override, said in cases:
+        with subtests.test(override=override):
+            assert said in complaint(override)
 
 
 HEADS = "is not divisible by model.attention.num_heads="
@@ -375,9 +377,8 @@ ROTARY = "model.position=rotary"
 UNET = "model.kind=unet_gpt"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
+def test_a_combination_that_no_network_can_have_is_refused(subtests: pytest.Subtests) -> None:
+    cases = [
         (["model.d_model=12"], f"model.d_model=12 {HEADS}8 (command line)"),
         (
             ["model.attention.num_kv_heads=3"],
@@ -469,12 +470,12 @@ UNET = "model.kind=unet_gpt"
             "training.regularization.r_drop compares two passes that dropout makes differ, and "
             "model.dropout=0.0: set both, or neither",
         ),
-    ],
-)  # fmt: skip
-def test_a_combination_that_no_network_can_have_is_refused(overrides: list[str], said: str) -> None:
-    told = complaint(*overrides)
-    assert told.startswith(said) or said in told
-    assert told.endswith("(command line)")
+    ]  # fmt: skip
+    for overrides, said in cases:
+        with subtests.test(overrides=overrides):
+            told = complaint(*overrides)
+            assert told.startswith(said) or said in told
+            assert told.endswith("(command line)")
 
 
 def test_a_combination_written_in_two_places_names_both(tmp_path: Path) -> None:
@@ -496,9 +497,8 @@ def test_the_place_is_where_the_setting_was_last_written(tmp_path: Path) -> None
     assert "command line" in complaint("training.batch_size=0", path=path)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
+def test_a_file_that_is_no_config_is_said_so(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    cases = [
         ("extends: my.yaml\n", "extends itself"),
         ("extends: [a]\n", "names one file"),
         ("extends: gone.yaml\n", "cannot read"),
@@ -514,10 +514,10 @@ def test_the_place_is_where_the_setting_was_last_written(tmp_path: Path) -> None
         ),
         ("seed: " + "[" * 5000, "nested too deeply"),
         ("seed: 1\n\tdata: 2\n", "not valid YAML"),
-    ],
-)
-def test_a_file_that_is_no_config_is_said_so(tmp_path: Path, content: str, said: str) -> None:
-    assert said in complaint(path=write(tmp_path / "my.yaml", content))
+    ]
+    for content, said in cases:
+        with subtests.test(content=content):
+            assert said in complaint(path=write(tmp_path / "my.yaml", content))
 
 
 def test_two_files_that_extend_each_other_are_found(tmp_path: Path) -> None:

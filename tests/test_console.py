@@ -129,30 +129,28 @@ def test_an_evaluation_is_told_with_its_units():
     assert evaluation({"val/loss": float("nan")}) == "val/loss nan nats/char"
 
 
-@pytest.mark.parametrize(
-    ("event", "step", "fields", "expected"),
-    [
+def test_events_are_told_in_words(subtests: pytest.Subtests):
+    cases = [
         ("checkpoint", 7, {"best": False, "path": "p/7"}, ["checkpoint at step 7: p/7"]),
         ("checkpoint", 7, {"best": True}, ["checkpoint at step 7: saved (the best so far)"]),
         ("resumed", 7, {"overrides": ["a.b=1"]}, ["resumed at step 7, a.b=1"]),
         ("tracking_started", None, {"wandb": "disabled"}, []),
         ("of_tomorrow", 3, {"n": 1, "who": "x"}, ["of tomorrow at step 3: n 1, who x"]),
         ("finished", None, {}, []),
-    ],
-)
-def test_events_are_told_in_words(event, step, fields, expected):
-    assert lines(event, step, fields) == expected
+    ]
+    for event, step, fields, expected in cases:
+        with subtests.test(event=event, step=step, fields=fields):
+            assert lines(event, step, fields) == expected
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
+def test_time_left_is_a_clock(subtests: pytest.Subtests):
+    cases = [
         (-1.0, "00:00"),
         (41.4, "00:41"),
         (59.6, "01:00"),
         (3723.0, "1:02:03"),
         (180000.0, "2 d 02:00:00"),
-    ],
-)
-def test_time_left_is_a_clock(seconds: float, expected: str):
-    assert clock(seconds) == expected
+    ]
+    for seconds, expected in cases:
+        with subtests.test(seconds=seconds):
+            assert clock(seconds) == expected

@@ -139,11 +139,14 @@ def test_conclusion_on_vocabulary_weighs_the_next_size(texts):
     assert "4,096 would save 5.3 % of the tokens and show 80.0 %" in said  # 1.9 to 1.8
 
 
-@pytest.mark.parametrize("rare", [(), (0.1,), (0.8, 0.9)])
-def test_conclusion_on_vocabulary_names_no_size_where_there_is_none_to_choose(texts, rare):
-    said = sentences(texts, curve(*rare))["Vocabulary"]
-    assert "bpe with 300 tokens" in said
-    assert "largest" not in said
+def test_conclusion_on_vocabulary_names_no_size_where_there_is_none_to_choose(
+    texts, subtests: pytest.Subtests
+):
+    for rare in [(), (0.1,), (0.8, 0.9)]:
+        with subtests.test(rare=rare):
+            said = sentences(texts, curve(*rare))["Vocabulary"]
+            assert "bpe with 300 tokens" in said
+            assert "largest" not in said
 
 
 def test_conclusion_on_vocabulary_ends_where_no_size_is_larger(texts):

@@ -1,5 +1,6 @@
 """Steps that are not to be trusted: told from the others, and changing nothing."""
 
+import itertools
 import math
 from functools import cache, partial
 
@@ -34,10 +35,9 @@ def watched(losses: list[float], settings: config.Divergence = SETTINGS) -> tupl
     return guard, outcomes
 
 
-@pytest.mark.parametrize("scales_loss", [False, True])
-@pytest.mark.parametrize(
-    ("loss", "norm", "expected"),
-    [
+def test_what_is_no_number_is_told_from_what_is(subtests: pytest.Subtests) -> None:
+    """Under a loss scale a gradient that is none has overflowed; a loss never does."""
+    cases = [
         (2.0, 1.0, APPLIED),
         (math.nan, 1.0, NOT_FINITE),
         (math.inf, 1.0, NOT_FINITE),
@@ -45,17 +45,14 @@ def watched(losses: list[float], settings: config.Divergence = SETTINGS) -> tupl
         (math.nan, math.nan, NOT_FINITE),
         (2.0, math.nan, "gradient"),
         (2.0, math.inf, "gradient"),
-    ],
-)
-def test_what_is_no_number_is_told_from_what_is(
-    loss: float, norm: float, expected: int | str, scales_loss: bool
-) -> None:
-    """Under a loss scale a gradient that is none has overflowed; a loss never does."""
-    if expected == "gradient":
-        expected = OVERFLOWED if scales_loss else NOT_FINITE
-    guard = divergence.initial()
-    outcome = watch(SETTINGS, guard, jnp.float32(loss), jnp.float32(norm), scales_loss)[1]
-    assert int(outcome) == expected
+    ]
+    for scales_loss, (loss, norm, expected) in itertools.product([False, True], cases):
+        with subtests.test(scales_loss=scales_loss, loss=loss, norm=norm):
+            if expected == "gradient":
+                expected = OVERFLOWED if scales_loss else NOT_FINITE
+            guard = divergence.initial()
+            outcome = watch(SETTINGS, guard, jnp.float32(loss), jnp.float32(norm), scales_loss)[1]
+            assert int(outcome) == expected
 
 
 def spikes(losses: list[float]) -> tuple[list[bool], float, float]:
@@ -112,18 +109,22 @@ def test_a_fall_is_no_spike_and_without_the_setting_nothing_is() -> None:
     assert watched([*losses, 9.0], config.Divergence())[1][-1] == APPLIED
 
 
-@pytest.mark.parametrize(
-    ("loss", "norm", "outcome"),
-    [(9.0, 1.0, SPIKED), (math.nan, 1.0, NOT_FINITE), (2.0, math.inf, OVERFLOWED)],
-)
 def test_a_loss_that_is_skipped_is_not_what_losses_are_measured_by(
-    loss: float, norm: float, outcome: int
+    subtests: pytest.Subtests,
 ) -> None:
-    before, _ = watched([2.0, 2.1] * WINDOW)
-    after, found = watch(SETTINGS, before, jnp.float32(loss), jnp.float32(norm), True)
-    assert int(found) == outcome
-    for name in ("num_losses", "mean", "square", "returns"):
-        np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name)
+    for loss, norm, outcome in [
+        (9.0, 1.0, SPIKED),
+        (math.nan, 1.0, NOT_FINITE),
+        (2.0, math.inf, OVERFLOWED),
+    ]:
+        with subtests.test(loss=loss, norm=norm, outcome=outcome):
+            before, _ = watched([2.0, 2.1] * WINDOW)
+            after, found = watch(SETTINGS, before, jnp.float32(loss), jnp.float32(norm), True)
+            assert int(found) == outcome
+            for name in ("num_losses", "mean", "square", "returns"):
+                np.testing.assert_array_equal(
+                    getattr(after, name), getattr(before, name), err_msg=name
+                )
 
 
 def test_steps_in_a_row_are_counted_from_the_last_good_one() -> None:

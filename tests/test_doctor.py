@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -121,9 +120,8 @@ def test_a_machine_that_has_everything_is_ready(host: Host):
     assert "This machine is ready." in doctor.table(checks)
 
 
-@pytest.mark.parametrize(
-    ("changes", "name", "state", "says"),
-    [
+def test_each_fault_of_a_machine_for_jobs_has_a_remedy(host: Host, subtests: pytest.Subtests):
+    cases = [
         ({"gpus": replace(BUSY.gpus, driver_version="520.1")}, "GPU", "problem", "525 or newer"),
         ({"gpus": replace(BUSY.gpus, driver_version="550.1")}, "GPU", "ok", "for CUDA 12"),
         ({"gpus": Gpus(reason="not loaded")}, "GPU", "problem", "not loaded"),
@@ -140,44 +138,40 @@ def test_a_machine_that_has_everything_is_ready(host: Host):
         ({"engine": replace(BUSY.engine, is_rootless=True)}, "Docker rights", "ok", "rootless"),
         ({"images": ()}, "image", "absent", "no mainrun:current"),
         ({"disks": (Disk(("runs",), "/", 1, 10**12, 99.9),)}, "disk", "problem", "make room"),
-    ],
-)  # fmt: skip
-def test_each_fault_of_a_machine_for_jobs_has_a_remedy(
-    host: Host, changes: dict[str, Any], name: str, state: str, says: str
-):
-    check = named(doctor.checks(replace(READY, **changes), host), name)
-    assert check.state == state
-    assert says in f"{check.finding} {check.remedy}"
+    ]  # fmt: skip
+    for changes, name, state, says in cases:
+        with subtests.test(changes=changes, name=name, state=state):
+            check = named(doctor.checks(replace(READY, **changes), host), name)
+            assert check.state == state
+            assert says in f"{check.finding} {check.remedy}"
 
 
 @pytest.mark.usefixtures("our_hooks")
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
+def test_a_runner_that_is_not_whole_is_a_problem(host: Host, subtests: pytest.Subtests):
+    cases = [
         ({"name": ""}, "not registered"),
         ({"is_listening": False}, "does not listen"),
         ({"hooks": HOOKS[:1]}, "lacks our job hooks"),
         ({"hooks": ("/tmp/started.sh", "/tmp/completed.sh")}, "lacks our job hooks"),
-    ],
-)
-def test_a_runner_that_is_not_whole_is_a_problem(host: Host, changes: dict[str, Any], says: str):
-    state = replace(READY, runners=(replace(RUNNERS[0], **changes), RUNNERS[1]))
-    checks = doctor.checks(state, host)
-    assert named(checks, "runner gpu").state == "problem"
-    assert says in named(checks, "runner gpu").finding
-    assert named(checks, "runner gpu").remedy
-    assert named(checks, "runner gpu-ops").state == "ok"
+    ]
+    for changes, says in cases:
+        with subtests.test(changes=changes):
+            state = replace(READY, runners=(replace(RUNNERS[0], **changes), RUNNERS[1]))
+            checks = doctor.checks(state, host)
+            assert named(checks, "runner gpu").state == "problem"
+            assert says in named(checks, "runner gpu").finding
+            assert named(checks, "runner gpu").remedy
+            assert named(checks, "runner gpu-ops").state == "ok"
 
 
-@pytest.mark.parametrize(
-    ("units", "warned"),
-    [
+def test_services_that_do_not_run_are_warned_of(host: Host, subtests: pytest.Subtests):
+    cases = [
         (None, {"services"}),
         ((), {"prune timer", "metadata block"}),
         ((Unit("mainrun-prune.timer", "inactive"), UNITS[1]), {"prune timer"}),
-    ],
-)
-def test_services_that_do_not_run_are_warned_of(host: Host, units: Any, warned: set[str]):
-    checks = doctor.checks(replace(READY, units=units), host)
-    services = {"services", "prune timer", "metadata block"}
-    assert {c.name for c in checks if c.state == "warning"} & services == warned
+    ]
+    for units, warned in cases:
+        with subtests.test(units=units, warned=warned):
+            checks = doctor.checks(replace(READY, units=units), host)
+            services = {"services", "prune timer", "metadata block"}
+            assert {c.name for c in checks if c.state == "warning"} & services == warned

@@ -5,16 +5,15 @@ import pytest
 from mainrun.ending import ending_of
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [(0, "finished"), (1, "failed"), (2, "refused"), (75, "stopped"), (143, "stopped"),
-     (137, "killed"), (7, "failed")],
-)  # fmt: skip
-def test_every_exit_code_has_a_kind_and_a_sentence(code: int, kind: str):
-    found = ending_of(code, [])
-    assert (found.kind, found.exit_code) == (kind, code)
-    assert found.sentence
-    assert found.remedy or code == 0
+def test_every_exit_code_has_a_kind_and_a_sentence(subtests: pytest.Subtests):
+    cases = [(0, "finished"), (1, "failed"), (2, "refused"), (75, "stopped"), (143, "stopped"),
+             (137, "killed"), (7, "failed")]  # fmt: skip
+    for code, kind in cases:
+        with subtests.test(code=code, kind=kind):
+            found = ending_of(code, [])
+            assert (found.kind, found.exit_code) == (kind, code)
+            assert found.sentence
+            assert found.remedy or code == 0
 
 
 def test_the_reason_is_the_commands_own_last_word():

@@ -132,12 +132,16 @@ def saver(tmp_path: Path, gate: Path) -> list[object]:
 # --- the end
 
 
-@pytest.mark.parametrize(
-    ("script", "code"),
-    [("exit 0", 0), ("exit 7", 7), ("exit 75", 75), ("kill -9 $$", 137), ("kill $$", 143)],
-)
-def test_exit_code_is_the_commands_own(run: Run, script: str, code: int):
-    assert run("sh", "-c", script).end() == (code, "", "")
+def test_exit_code_is_the_commands_own(run: Run, subtests: pytest.Subtests):
+    for script, code in [
+        ("exit 0", 0),
+        ("exit 7", 7),
+        ("exit 75", 75),
+        ("kill -9 $$", 137),
+        ("kill $$", 143),
+    ]:
+        with subtests.test(script=script, code=code):
+            assert run("sh", "-c", script).end() == (code, "", "")
 
 
 def test_unknown_command_is_127_and_one_line(run: Run, tmp_path: Path):
@@ -311,18 +315,17 @@ def test_secrets_reach_the_command_and_nothing_else(run: Run):
     assert canary not in "\n".join(entrypoints)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "canary", '["canary"]', '{"A": 1}', '{"A=B": "canary"}', '{"A": "c\\u0000"}']
-)
-def test_stdin_that_holds_no_secrets_is_refused_and_not_shown(run: Run, text: str):
-    running = run("echo", "started", stdin=subprocess.PIPE, MAINRUN_SECRETS="stdin")
-    assert running.process.stdin is not None
-    running.process.stdin.write(text.encode())
-    code, out, said = running.end()
-    assert (code, out) == (2, "")
-    assert said == (
-        "mainrun: MAINRUN_SECRETS=stdin, but stdin holds no JSON object of names and texts"
-    )
+def test_stdin_that_holds_no_secrets_is_refused_and_not_shown(run: Run, subtests: pytest.Subtests):
+    for text in ["", "canary", '["canary"]', '{"A": 1}', '{"A=B": "canary"}', '{"A": "c\\u0000"}']:
+        with subtests.test(text=text):
+            running = run("echo", "started", stdin=subprocess.PIPE, MAINRUN_SECRETS="stdin")
+            assert running.process.stdin is not None
+            running.process.stdin.write(text.encode())
+            code, out, said = running.end()
+            assert (code, out) == (2, "")
+            assert said == (
+                "mainrun: MAINRUN_SECRETS=stdin, but stdin holds no JSON object of names and texts"
+            )
 
 
 # --- GPUs
@@ -365,9 +368,10 @@ def test_image_without_cuda_says_so_where_a_gpu_is_asked_for(run: Run, tmp_path:
     assert said.startswith("mainrun: 1 GPU was asked for, but this image has no CUDA; ")
 
 
-@pytest.mark.parametrize(("asked", "code"), [("", 0), ("none", 0), ("two", 2), ("0", 2)])
-def test_no_gpu_is_looked_for_where_none_was_asked_for(run: Run, asked: str, code: int):
-    assert run("true", MAINRUN_GPUS=asked).end()[0] == code
+def test_no_gpu_is_looked_for_where_none_was_asked_for(run: Run, subtests: pytest.Subtests):
+    for asked, code in [("", 0), ("none", 0), ("two", 2), ("0", 2)]:
+        with subtests.test(asked=asked, code=code):
+            assert run("true", MAINRUN_GPUS=asked).end()[0] == code
 
 
 # --- health

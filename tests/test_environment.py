@@ -101,15 +101,18 @@ def test_without_a_checkout_the_commit_is_what_the_image_was_built_from(
         assert (record["commit"], record["dirty"]) == known, said
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "hf_token", "MY_SECRET_2", "PGPASSWORD"])
 def test_a_secret_is_replaced_by_the_name_of_its_variable(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, subtests: pytest.Subtests
 ):
-    monkeypatch.setenv(name, "canary-0123456789")
-    text = {"a": ["x canary-0123456789 y"], "b": 1}
-    assert without_secrets(text, secret_values()) == {"a": [f"x [{name}] y"], "b": 1}
-    record = write(tmp_path, command=["train", "tracking.entity=canary-0123456789"])
-    assert record["command"] == ["train", f"tracking.entity=[{name}]"]
+    for name in ["WANDB_API_KEY", "hf_token", "MY_SECRET_2", "PGPASSWORD"]:
+        with subtests.test(name=name), monkeypatch.context() as patched:
+            folder = tmp_path / name
+            folder.mkdir()
+            patched.setenv(name, "canary-0123456789")
+            text = {"a": ["x canary-0123456789 y"], "b": 1}
+            assert without_secrets(text, secret_values()) == {"a": [f"x [{name}] y"], "b": 1}
+            record = write(folder, command=["train", "tracking.entity=canary-0123456789"])
+            assert record["command"] == ["train", f"tracking.entity=[{name}]"]
 
 
 def test_the_longer_of_two_secrets_that_begin_alike_is_taken_whole():

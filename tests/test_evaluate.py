@@ -66,16 +66,16 @@ def test_every_token_is_scored_once_with_what_its_window_shows_it(model: tuple) 
     np.testing.assert_allclose(scored(model), brute_force(model), atol=1e-5)
 
 
-@pytest.mark.parametrize(("batch_size", "micro_batches"), [(1, 1), (3, 1), (4, 4), (64, 8)])
-@pytest.mark.parametrize("packing", ["stream", "documents"])
-def test_batch_size_does_not_move_a_metric(
-    model: tuple, batch_size: int, micro_batches: int, packing: str
-) -> None:
-    def found(**sizes: int) -> float:
+def test_batch_size_does_not_move_a_metric(model: tuple, subtests: pytest.Subtests) -> None:
+    def loss(packing: str, **sizes: int) -> float:
         return figures(scored(model, packing, **sizes), packing, context_length=1)["val/loss"]
 
-    one, other = found(batch_size=2), found(batch_size=batch_size, micro_batches=micro_batches)
-    assert other == pytest.approx(one, abs=1e-6)
+    for packing in ["stream", "documents"]:
+        expected = loss(packing, batch_size=2)
+        for batch_size, micro_batches in [(1, 1), (3, 1), (4, 4), (64, 8)]:
+            with subtests.test(packing=packing, batch_size=batch_size, micro_batches=micro_batches):
+                found = loss(packing, batch_size=batch_size, micro_batches=micro_batches)
+                assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_masked_documents_score_alike_however_they_are_packed(model: tuple) -> None:

@@ -59,25 +59,27 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("named", "overrides"), REFUSED.items(), ids=REFUSED.keys())
 def test_what_no_class_holds_is_refused_by_the_settings_that_stand_in_the_way(
-    named: str, overrides: tuple[str, ...]
+    subtests: pytest.Subtests,
 ) -> None:
-    with pytest.raises(UserError) as caught:
-        architecture(config.load(None, overrides).model)
-    said, _, rest = str(caught.value).partition(" ha")
-    assert said == named
-    assert rest.endswith(": use --format safetensors")
+    for named, overrides in REFUSED.items():
+        with subtests.test(named=named):
+            with pytest.raises(UserError) as caught:
+                architecture(config.load(None, overrides).model)
+            said, _, rest = str(caught.value).partition(" ha")
+            assert said == named
+            assert rest.endswith(": use --format safetensors")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_of_ours_are_held_by_the_class_of_their_family(path: Path) -> None:
-    model = config.load(path).model
-    if path.stem in HELD:
-        assert architecture(model) == HELD[path.stem]
-    else:
-        with pytest.raises(UserError, match="model\\."):
-            architecture(model)
+def test_configs_of_ours_are_held_by_the_class_of_their_family(subtests: pytest.Subtests) -> None:
+    for path in CONFIGS:
+        with subtests.test(path.stem):
+            model = config.load(path).model
+            if path.stem in HELD:
+                assert architecture(model) == HELD[path.stem]
+            else:
+                with pytest.raises(UserError, match="model\\."):
+                    architecture(model)
 
 
 # ---------------------------------------------------------------------------------------------

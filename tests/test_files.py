@@ -50,10 +50,11 @@ NOT_BLANK = {
 }
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_a_file_has_these_documents_in_its_order(name, tmp_path):
-    (tmp_path / name).write_bytes(GOOD[name])
-    assert read(tmp_path / name) == NOT_BLANK[name]
+def test_a_file_has_these_documents_in_its_order(tmp_path, subtests: pytest.Subtests):
+    for name in GOOD:
+        with subtests.test(name=name):
+            (tmp_path / name).write_bytes(GOOD[name])
+            assert read(tmp_path / name) == NOT_BLANK[name]
 
 
 def test_lines_and_values_are_as_they_stand_in_the_file(tmp_path):
@@ -63,16 +64,17 @@ def test_lines_and_values_are_as_they_stand_in_the_file(tmp_path):
     assert files.read(tmp_path / "table.csv", "title", PLACE) == [" one "]
 
 
-@pytest.mark.parametrize("name", ["table.csv", "rows.jsonl", "column.parquet"])
-def test_the_field_chooses_the_column(name, tmp_path):
-    (tmp_path / name).write_bytes(
-        {
-            "table.csv": b"title,text\na,b\nc,d\n",
-            "rows.jsonl": b'{"title": "a", "text": "b"}\n{"text": "d", "title": "c"}\n',
-            "column.parquet": parquet(title=["a", "c"], text=["b", "d"]),
-        }[name]
-    )
-    assert read(tmp_path / name, field="text") == ["b", "d"]
+def test_the_field_chooses_the_column(tmp_path, subtests: pytest.Subtests):
+    for name in ["table.csv", "rows.jsonl", "column.parquet"]:
+        with subtests.test(name=name):
+            (tmp_path / name).write_bytes(
+                {
+                    "table.csv": b"title,text\na,b\nc,d\n",
+                    "rows.jsonl": b'{"title": "a", "text": "b"}\n{"text": "d", "title": "c"}\n',
+                    "column.parquet": parquet(title=["a", "c"], text=["b", "d"]),
+                }[name]
+            )
+            assert read(tmp_path / name, field="text") == ["b", "d"]
 
 
 BAD = {
@@ -107,13 +109,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_refused_in_one_line(name, tmp_path):
-    body, parts = BAD[name]
-    (tmp_path / name).write_bytes(body)
-    message = refusal(tmp_path / name)
-    for part in parts:
-        assert part in message
+def test_a_bad_file_is_refused_in_one_line(tmp_path, subtests: pytest.Subtests):
+    for name in BAD:
+        with subtests.test(name=name):
+            body, parts = BAD[name]
+            (tmp_path / name).write_bytes(body)
+            message = refusal(tmp_path / name)
+            for part in parts:
+                assert part in message
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path):

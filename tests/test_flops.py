@@ -4,6 +4,7 @@ Products are counted in the jaxpr, where nothing but products is a product, so e
 XLA counts every addition besides, which is why its figure is only near.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -78,20 +79,22 @@ def per_token(network: Network, *, backward: bool) -> float:
     return products(program(network, backward=backward)) / (BATCH * network.context_length)
 
 
-@pytest.mark.parametrize("name", DENSE)
-def test_forward_pass_has_so_many_products(name: str):
-    settings = DENSE[name]
-    network = variants.network(settings)
-    expected = of_pairs(flops.forward(network), settings)
-    assert per_token(network, backward=False) == pytest.approx(expected, rel=1e-12)
+def test_forward_pass_has_so_many_products(subtests: pytest.Subtests):
+    for name in DENSE:
+        with subtests.test(name=name):
+            settings = DENSE[name]
+            network = variants.network(settings)
+            expected = of_pairs(flops.forward(network), settings)
+            assert per_token(network, backward=False) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_training_has_so_many_products(name: str):
-    settings = KINDS[name]
-    network = variants.network(settings)
-    expected = of_pairs(flops.training(network, PLAIN), settings)
-    assert per_token(network, backward=True) == pytest.approx(expected, rel=1e-12)
+def test_training_has_so_many_products(subtests: pytest.Subtests):
+    for name in KINDS:
+        with subtests.test(name=name):
+            settings = KINDS[name]
+            network = variants.network(settings)
+            expected = of_pairs(flops.training(network, PLAIN), settings)
+            assert per_token(network, backward=True) == pytest.approx(expected, rel=1e-12)
 
 
 # --- XLA's count ----------------------------------------------------------------------------------
@@ -207,15 +210,16 @@ def test_padding_rows_of_the_vocabulary_are_computed_and_counted():
 # --- keys -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("time", [1, 300])
-@pytest.mark.parametrize("attention", variants.attentions().values(), ids=repr)
-def test_keys_are_those_that_the_mask_lets_a_query_see(attention: config.Attention, time: int):
-    places = jnp.arange(time)
-    grid = np.asarray(masks.grid(masks.of_attention(attention), places, places, 4))
-    seen = grid.sum(-1)
-    if isinstance(attention, config.SparseKAttention):  # which the mask does not know
-        seen = np.minimum(seen, attention.window_including_self + attention.num_selected)
-    assert flops.mean_keys(attention, time) == pytest.approx(seen.mean(), rel=1e-6)  # float32 sums
+def test_keys_are_those_that_the_mask_lets_a_query_see(subtests: pytest.Subtests):
+    for time, attention in itertools.product([1, 300], variants.attentions().values()):
+        with subtests.test(time=time, attention=attention):
+            places = jnp.arange(time)
+            grid = np.asarray(masks.grid(masks.of_attention(attention), places, places, 4))
+            seen = grid.sum(-1)
+            if isinstance(attention, config.SparseKAttention):  # which the mask does not know
+                seen = np.minimum(seen, attention.window_including_self + attention.num_selected)
+            mean = flops.mean_keys(attention, time)
+            assert mean == pytest.approx(seen.mean(), rel=1e-6)  # float32 sums
 
 
 def test_tiles_hold_all_keys_that_are_counted():

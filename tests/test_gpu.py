@@ -90,28 +90,30 @@ def test_a_driver_older_than_a_question_is_asked_the_older_one(old_driver: Path)
     assert card["used_bytes"] == 62 * 2**30  # with what the driver keeps: it cannot say it apart
 
 
-@pytest.mark.parametrize(
-    ("plays", "says"),
-    [
+def test_a_driver_that_does_not_answer_is_a_reason_and_no_traceback(
+    driver: Path, subtests: pytest.Subtests
+):
+    cases = [
         ("not_loaded", "installed but not loaded"),
         ("no_permission", "may not use the NVIDIA driver"),
         ("mismatch", "reboot"),
         ("unknown", "the NVIDIA driver does not answer: Unknown Error"),
-    ],
-)
-def test_a_driver_that_does_not_answer_is_a_reason_and_no_traceback(
-    driver: Path, plays: str, says: str
+    ]
+    for plays, says in cases:
+        with subtests.test(plays=plays):
+            found = read(driver, plays)
+            assert says in found["reason"]
+            assert (found["cards"], found["indices"]) == ([], [])
+
+
+def test_the_library_is_closed_as_often_as_it_is_opened(
+    driver: Path, tmp_path: Path, subtests: pytest.Subtests
 ):
-    found = read(driver, plays)
-    assert says in found["reason"]
-    assert (found["cards"], found["indices"]) == ([], [])
-
-
-@pytest.mark.parametrize("plays", ["healthy", "sick", "bare"])
-def test_the_library_is_closed_as_often_as_it_is_opened(driver: Path, tmp_path: Path, plays: str):
-    log = tmp_path / "calls"
-    read(driver, plays, FAKE_NVML_LOG=log)
-    assert log.read_text().split() == ["init", "shutdown"] * 2
+    for plays in ["healthy", "sick", "bare"]:
+        with subtests.test(plays=plays):
+            log = tmp_path / plays
+            read(driver, plays, FAKE_NVML_LOG=log)
+            assert log.read_text().split() == ["init", "shutdown"] * 2
 
 
 def test_without_a_driver_there_is_a_calm_reason(monkeypatch: pytest.MonkeyPatch):

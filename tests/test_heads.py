@@ -25,10 +25,10 @@ KINDS = {
 
 def accepted(overrides: list[str], largest: int) -> list[int]:
     """Every number of heads that the schema takes."""
-    found = []
+    defaults, found = config.read(None), []
     for number in range(1, largest + 1):
         try:
-            config.load(None, [*overrides, f"model.attention.num_heads={number}"])
+            defaults.load([*overrides, f"model.attention.num_heads={number}"])
         except UserError:
             continue
         found.append(number)
@@ -39,20 +39,20 @@ def distance(widths: list[int], number: int) -> float:
     return sum(math.log(width / number / 64) ** 2 for width in widths)
 
 
-@pytest.mark.parametrize("width", [64, 96, 100, 35])
-@pytest.mark.parametrize("kind", KINDS)
-def test_auto_is_the_accepted_number_whose_heads_are_nearest_64(kind: str, width: int) -> None:
-    overrides = [*KINDS[kind], f"model.d_model={width}"]
-    inner = 96 if kind == "narrow" else width
-    possible = accepted(overrides, inner)
-    if not possible:
-        with pytest.raises(UserError, match=f"num_heads=auto: no number .*{inner}"):
-            config.load(None, [*overrides, AUTO])
-        return
-    chosen = config.load(None, [*overrides, AUTO]).model.attention.num_heads
-    assert chosen in possible
-    best = min(distance([inner], number) for number in possible)
-    assert distance([inner], chosen) == pytest.approx(best)
+def test_auto_is_the_accepted_number_whose_heads_are_nearest_64(subtests: pytest.Subtests) -> None:
+    for width, kind in itertools.product([64, 96, 100, 35], KINDS):
+        with subtests.test(width=width, kind=kind):
+            overrides = [*KINDS[kind], f"model.d_model={width}"]
+            inner = 96 if kind == "narrow" else width
+            possible = accepted(overrides, inner)
+            if not possible:
+                with pytest.raises(UserError, match=f"num_heads=auto: no number .*{inner}"):
+                    config.load(None, [*overrides, AUTO])
+                continue
+            chosen = config.load(None, [*overrides, AUTO]).model.attention.num_heads
+            assert chosen in possible
+            best = min(distance([inner], number) for number in possible)
+            assert distance([inner], chosen) == pytest.approx(best)
 
 
 def test_heads_fit_every_width_of_an_hourglass() -> None:
@@ -86,9 +86,8 @@ def test_the_resolved_config_states_the_number(tmp_path: Path) -> None:
     assert config.load(path, ["model.d_model=512"]).model.attention.num_heads == 8
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
+def test_what_no_number_can_mend_is_said(subtests: pytest.Subtests) -> None:
+    cases = [
         (
             ["model.d_model=35", "model.position=rotary"],
             "model.attention.num_heads=auto: no number divides model.d_model=35 into heads of an "
@@ -116,13 +115,13 @@ def test_the_resolved_config_states_the_number(tmp_path: Path) -> None:
         (["model.attention.pattern.stride=3"], "unknown setting `model.attention.pattern`"),
         (["model.kind=unet_gpt", "model.bottleneck_sizes=8"], "a list is expected"),
         (["model.kind=unet_gpt", "model.bottleneck_sizes=[x]"], "a whole number is expected"),
-    ],
-)  # fmt: skip
-def test_what_no_number_can_mend_is_said(overrides: list[str], said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        config.load(None, [AUTO, *overrides])
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    ]  # fmt: skip
+    for overrides, said in cases:
+        with subtests.test(overrides=overrides):
+            with pytest.raises(UserError) as caught:
+                config.load(None, [AUTO, *overrides])
+            assert said in str(caught.value)
+            assert "\n" not in str(caught.value)
 
 
 def test_another_word_is_no_number_of_heads(tmp_path: Path) -> None:

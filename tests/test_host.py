@@ -29,20 +29,19 @@ def test_a_machine_states_its_differences(settings: Path):
     assert host.load() == Host(memory="60g", gpus="0,1")
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
+def test_what_does_not_fit_is_told_with_its_place(settings: Path, subtests: pytest.Subtests):
+    cases = [
         ("memry: 60g", r"unknown setting `memry`; did you mean `memory`\? .*host\.yaml:1"),
         ("memory: 60q", "'60q' is no size"),
         ("gpus: every", "'every' names no GPUs"),
         ("grace: 400", "grace=400: must be at most 150"),
         ("pids: many", "pids='many': a whole number is expected"),
-    ],
-)
-def test_what_does_not_fit_is_told_with_its_place(settings: Path, text: str, said: str):
-    settings.write_text(text + "\n")
-    with pytest.raises(UserError, match=said):
-        host.load()
+    ]
+    for text, said in cases:
+        with subtests.test(text=text):
+            settings.write_text(text + "\n")
+            with pytest.raises(UserError, match=said):
+                host.load()
 
 
 def test_a_named_file_that_is_not_there_is_no_default(settings: Path):
@@ -50,11 +49,10 @@ def test_a_named_file_that_is_not_there_is_no_default(settings: Path):
         host.load()
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [("1", 1), ("2k", 2048), ("1.5G", 3 * 2**29), ("3tb", 3 * 2**40)]
-)
-def test_sizes_are_powers_of_two(size: str, expected: int):
-    assert host.num_bytes(size) == expected
+def test_sizes_are_powers_of_two(subtests: pytest.Subtests):
+    for size, expected in [("1", 1), ("2k", 2048), ("1.5G", 3 * 2**29), ("3tb", 3 * 2**40)]:
+        with subtests.test(size=size):
+            assert host.num_bytes(size) == expected
 
 
 def test_a_job_leaves_memory_to_what_watches_over_it():

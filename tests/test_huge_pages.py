@@ -15,20 +15,19 @@ large_pages = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
+@large_pages
+def test_the_request_is_added_to_what_is_said(subtests: pytest.Subtests) -> None:
+    cases = [
         ({}, "glibc.malloc.hugetlb=1"),
         ({"GLIBC_TUNABLES": "glibc.malloc.perturb=1"},
          "glibc.malloc.perturb=1:glibc.malloc.hugetlb=1"),
         ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
         ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, "glibc.malloc.hugetlb=1"),
-    ],
-)  # fmt: skip
-@large_pages
-def test_the_request_is_added_to_what_is_said(before: dict[str, str], after: str) -> None:
-    made = huge_pages.requested({"HOME": "/", **before})
-    assert made == {"HOME": "/", "GLIBC_TUNABLES": after}
+    ]  # fmt: skip
+    for before, after in cases:
+        with subtests.test(before=before, after=after):
+            made = huge_pages.requested({"HOME": "/", **before})
+            assert made == {"HOME": "/", "GLIBC_TUNABLES": after}
 
 
 @pytest.mark.slow

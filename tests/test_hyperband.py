@@ -1,16 +1,13 @@
 """W&B's early termination: its bands, as `sweeps` 0.3.0, W&B's own, has them; and bad input."""
 
-from typing import Any
-
 import pytest
 
 from mainrun.errors import UserError
 from mainrun.sweep import hyperband
 
 
-@pytest.mark.parametrize(
-    ("spec", "bands"),
-    [  # recorded from `sweeps.stop_runs`, as are the four hundred that were compared once
+def test_bands_are_those_of_wandb(subtests: pytest.Subtests) -> None:
+    cases = [  # recorded from `sweeps.stop_runs`, as are the four hundred that were compared once
         ({"min_iter": 3}, (3, 9, 27, 81)),
         ({"min_iter": 1, "eta": 2}, (1, 2, 4, 8)),
         ({"min_iter": 3, "eta": 1.5}, (3, 4, 6, 10)),
@@ -20,24 +17,23 @@ from mainrun.sweep import hyperband
         ({"max_iter": 243, "s": 5}, (1, 3, 9, 27, 81)),
         ({"max_iter": 20, "s": 9}, (2, 6)),
         ({"max_iter": 5, "s": 2, "eta": 2}, (1, 2)),
-    ],
-)
-def test_bands_are_those_of_wandb(spec: dict[str, Any], bands: tuple[int, ...]) -> None:
-    found = hyperband.read({"type": "hyperband", **spec}, "x.yaml:1")
-    assert found is not None
-    assert found.bands[:4] == bands[:4]
-    if "max_iter" in spec:
-        assert found.bands == bands
-    assert (found.min_iter, found.eta, found.strict) == (bands[0], spec.get("eta", 3), True)
+    ]
+    for spec, bands in cases:
+        with subtests.test(spec=spec, bands=bands):
+            found = hyperband.read({"type": "hyperband", **spec}, "x.yaml:1")
+            assert found is not None
+            assert found.bands[:4] == bands[:4]
+            if "max_iter" in spec:
+                assert found.bands == bands
+            assert (found.min_iter, found.eta, found.strict) == (bands[0], spec.get("eta", 3), True)
 
 
 def test_a_sweep_without_it_has_none() -> None:
     assert hyperband.read(None, "x.yaml:1") is None
 
 
-@pytest.mark.parametrize(
-    ("spec", "said"),
-    [
+def test_what_is_no_hyperband_is_refused_with_its_place(subtests: pytest.Subtests) -> None:
+    cases = [
         ("hyperband", "`early_terminate` is a mapping, such as {type: hyperband, min_iter: 3}"),
         ({}, "early_terminate.type=None: accepted is hyperband"),
         ({"type": "median", "min_iter": 1}, "early_terminate.type='median': accepted is hyperband"),
@@ -54,11 +50,11 @@ def test_a_sweep_without_it_has_none() -> None:
         ({"type": "hyperband", "min_iter": 1, "eta": "3"}, "eta='3': a number above 1"),
         ({"type": "hyperband", "min_iter": 1, "strict": 1}, "strict=1: true or false is expected"),
         ({"type": "hyperband", "miniter": 1}, "unknown key `miniter`; did you mean `min_iter`?"),
-    ],
-)
-def test_what_is_no_hyperband_is_refused_with_its_place(spec: Any, said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        hyperband.read(spec, "x.yaml:7")
-    assert str(caught.value).startswith("x.yaml:7: ")
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    ]
+    for spec, said in cases:
+        with subtests.test(spec=spec):
+            with pytest.raises(UserError) as caught:
+                hyperband.read(spec, "x.yaml:7")
+            assert str(caught.value).startswith("x.yaml:7: ")
+            assert said in str(caught.value)
+            assert "\n" not in str(caught.value)

@@ -61,18 +61,23 @@ def test_target_is_what_the_host_says_and_else_what_the_machine_has(tmp_path: Pa
         assert images.target(Host()) == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("tag", "name"),
-    [("trial-2", "mainrun:trial-2"), ("a" * 40, f"mainrun:{'a' * 40}"), ("x/y:Z", "x/y:Z")],
-)
-def test_a_tag_names_an_image(tag: str, name: str):
-    assert images.image_name(tag) == name
+def test_a_tag_names_an_image(subtests: pytest.Subtests):
+    for tag, name in [
+        ("trial-2", "mainrun:trial-2"),
+        ("a" * 40, f"mainrun:{'a' * 40}"),
+        ("x/y:Z", "x/y:Z"),
+    ]:
+        with subtests.test(tag=tag, name=name):
+            assert images.image_name(tag) == name
 
 
-@pytest.mark.parametrize("tag", ["", "-x", "a b", "a\n", "x:", "--rm:x", "A:b", "a" * 129, "$(id)"])
-def test_what_names_no_image_is_refused(tag: str):
-    with pytest.raises(UserError, match="is no name for an image"):
-        images.image_name(tag)
+def test_what_names_no_image_is_refused(subtests: pytest.Subtests):
+    for tag in ["", "-x", "a b", "a\n", "x:", "--rm:x", "A:b", "a" * 129, "$(id)"]:
+        with (
+            subtests.test(tag=tag),
+            pytest.raises(UserError, match="is no name for an image"),
+        ):
+            images.image_name(tag)
 
 
 @pytest.fixture
@@ -157,10 +162,11 @@ ERROR: failed to solve: process "/bin/sh -c ..." did not complete successfully: 
 """
 
 
-@pytest.mark.parametrize("output", [LEGACY, BUILDKIT], ids=["legacy", "buildkit"])
-def test_reason_is_what_the_failing_step_said_last(output: str):
-    said = builder.reason(output.splitlines())
-    assert said == "setup: cpu.txt could not be installed: `pip install` ended with 1"
+def test_reason_is_what_the_failing_step_said_last(subtests: pytest.Subtests):
+    for output in [LEGACY, BUILDKIT]:
+        with subtests.test(output=output):
+            said = builder.reason(output.splitlines())
+            assert said == "setup: cpu.txt could not be installed: `pip install` ended with 1"
 
 
 def test_reason_of_a_missing_base_image_is_the_engines():
@@ -168,10 +174,13 @@ def test_reason_of_a_missing_base_image_is_the_engines():
     assert builder.reason(["Step 1/26 : FROM python:absent", refusal]) == refusal
 
 
-@pytest.mark.parametrize("case", ["No space left on device", "no space left on device"])
-def test_full_disk_is_said_with_the_remedy(case: str):
-    lines = [f"OSError: [Errno 28] {case}", "setup: cpu.txt could not be installed: …"]
-    assert builder.reason(lines).startswith("the disk of Docker is full: `docker system df`")
+def test_full_disk_is_said_with_the_remedy(subtests: pytest.Subtests):
+    for case in ["No space left on device", "no space left on device"]:
+        with subtests.test(case=case):
+            lines = [f"OSError: [Errno 28] {case}", "setup: cpu.txt could not be installed: …"]
+            assert builder.reason(lines).startswith(
+                "the disk of Docker is full: `docker system df`"
+            )
 
 
 def test_silent_builder_gave_no_reason():

@@ -10,25 +10,24 @@ from mainrun.model.initializers import Initializer
 SHAPE = (200, 600)  # inputs, outputs
 
 
-@pytest.mark.parametrize(
-    ("kind", "deviation"),
-    [
+def test_weights_have_the_deviation_of_their_kind(subtests: pytest.Subtests) -> None:
+    cases = [
         ("normal", 0.02),
         ("xavier", (2 / 800) ** 0.5),
         ("kaiming", (2 / 200) ** 0.5),
         ("uniform", 64**-0.5 / 3**0.5),
-    ],
-)
-def test_weights_have_the_deviation_of_their_kind(kind: str, deviation: float) -> None:
-    init = Initializer.of(config.Gpt(d_model=64, init=kind))
-    weights = np.asarray(init(jax.random.key(0), SHAPE))
-    # 120,000 draws: the deviation of their deviation is 0.2 %
-    assert weights.std() == pytest.approx(deviation, rel=0.02)
-    assert abs(weights.mean()) < 0.02 * deviation
-    if kind == "uniform":
-        assert np.abs(weights).max() <= 64**-0.5
-    else:
-        assert np.abs(weights).max() > 3.5 * deviation, "not cut off, as PyTorch's are not"
+    ]
+    for kind, deviation in cases:
+        with subtests.test(kind=kind, deviation=deviation):
+            init = Initializer.of(config.Gpt(d_model=64, init=kind))
+            weights = np.asarray(init(jax.random.key(0), SHAPE))
+            # 120,000 draws: the deviation of their deviation is 0.2 %
+            assert weights.std() == pytest.approx(deviation, rel=0.02)
+            assert abs(weights.mean()) < 0.02 * deviation
+            if kind == "uniform":
+                assert np.abs(weights).max() <= 64**-0.5
+            else:
+                assert np.abs(weights).max() > 3.5 * deviation, "not cut off, as PyTorch's are not"
 
 
 def test_an_embedding_begins_as_the_head_that_it_is_tied_to() -> None:

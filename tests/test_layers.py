@@ -1,8 +1,8 @@
 """Layers against NumPy written from their definitions, and dropout against statistics."""
 
+import itertools
 import math
 import typing
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,14 @@ def test_unembed_and_its_gradients_are_those_of_plain_autodiff() -> None:
         np.testing.assert_allclose(f, g, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("call", [layers.linear, head.unembed], ids=["linear", "unembed"])
-def test_gradients_of_weights_are_float32_under_bfloat16(call: Callable) -> None:
-    x, kernel = normal(0, 6, 5).astype(jnp.bfloat16), normal(1, 5, 5)
-    arguments = (x, kernel, normal(2, 5)) if call is layers.linear else (x, kernel)
-    out, pull = jax.vjp(jax.jit(call), *arguments)
-    dx, dkernel = pull(jnp.ones_like(out))[:2]
-    assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)
+def test_gradients_of_weights_are_float32_under_bfloat16(subtests: pytest.Subtests) -> None:
+    for call in [layers.linear, head.unembed]:
+        with subtests.test(call.__name__):
+            x, kernel = normal(0, 6, 5).astype(jnp.bfloat16), normal(1, 5, 5)
+            arguments = (x, kernel, normal(2, 5)) if call is layers.linear else (x, kernel)
+            out, pull = jax.vjp(jax.jit(call), *arguments)
+            dx, dkernel = pull(jnp.ones_like(out))[:2]
+            assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_layer_norm_is_its_definition() -> None:
@@ -87,18 +88,24 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", typing.get_args(config.Activation))
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_mlp_is_its_definition(kind: str, bias: bool) -> None:
-    mlp = layers.Mlp(
-        config.DenseMlp(kind, hidden=6), 4, init=INIT, out_init=INIT, bias=bias, rngs=nnx.Rngs(0)
-    )
-    if bias:
-        mlp.up.bias[...] = mlp.up.bias[...] + 0.3
-    x = np.asarray(normal(0, 1, 3, 4)) * 50  # the exact and the tanh form of GELU differ here
-    up = np.asarray(x @ mlp.up.kernel[...] + (mlp.up.bias[...] if bias else 0), np.float64)
-    expected = ACTIVATIONS[kind](up) @ mlp.down.kernel[...]
-    np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=2e-5, atol=1e-5)
+def test_the_mlp_is_its_definition(subtests: pytest.Subtests) -> None:
+    for kind, bias in itertools.product(typing.get_args(config.Activation), [True, False]):
+        with subtests.test(kind=kind, bias=bias):
+            mlp = layers.Mlp(
+                config.DenseMlp(kind, hidden=6),
+                4,
+                init=INIT,
+                out_init=INIT,
+                bias=bias,
+                rngs=nnx.Rngs(0),
+            )
+            if bias:
+                mlp.up.bias[...] = mlp.up.bias[...] + 0.3
+            # Where the exact and the tanh form of GELU differ.
+            x = np.asarray(normal(0, 1, 3, 4)) * 50
+            up = np.asarray(x @ mlp.up.kernel[...] + (mlp.up.bias[...] if bias else 0), np.float64)
+            expected = ACTIVATIONS[kind](up) @ mlp.down.kernel[...]
+            np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=2e-5, atol=1e-5)
 
 
 def test_the_hidden_width_is_four_times_the_width_where_none_is_set() -> None:

@@ -1,8 +1,9 @@
 """The order of steps, evaluations and checkpoints, whatever interrupts it and however they go."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 
 from mainrun import config
 from mainrun.errors import RunFailed, Stopped
-from mainrun.training import divergence, noise, precision
+from mainrun.training import divergence, loop, noise, precision
 from mainrun.training.checkpoint import Progress
 from mainrun.training.divergence import APPLIED, NOT_FINITE, OVERFLOWED, SPIKED
-from mainrun.training.loop import Plan, course, drive
+from mainrun.training.loop import Plan, drive
 from mainrun.training.step import Metrics, TrainState
 from mainrun.training.trainee import Asked, Dispatched, Measured
 
@@ -99,7 +100,7 @@ def fit(
     state: TrainState, progress: Progress, plan: Plan, run: "Surroundings", at_once: int = 1
 ) -> tuple[TrainState, Progress]:
     trainee = Trainee(state, run, at_once)
-    progress = drive(course(trainee, progress, plan, run), trainee.take)
+    progress = drive(loop.course(trainee, progress, plan, run), trainee.take)
     return trainee.state, progress
 
 
@@ -228,13 +229,13 @@ COURSES = {
 }  # fmt: skip
 
 
-def places(which: Callable[[str, str], bool]) -> list:
-    """A course, and each thing that is told in it, where wanted."""
+def places(but: Collection[str] = ()) -> list[tuple[str, Course, str]]:
+    """A course, its name, and each thing that is told in it."""
     return [
-        pytest.param(course, told, id=f"{name}: {told}")
+        (name, course, told)
         for name, course in COURSES.items()
         for told in course.told
-        if which(name, told)
+        if told not in but
     ]
 
 
@@ -242,67 +243,65 @@ def places(which: Callable[[str, str], bool]) -> list:
 ENDS = ("step 10", "stopped_early 10", "save 10")
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 32])
-@pytest.mark.parametrize("course", COURSES.values(), ids=COURSES)
-def test_everything_happens_in_its_order(course: Course, at_once: int) -> None:
+def test_everything_happens_in_its_order(subtests: pytest.Subtests) -> None:
     """However many steps are dispatched at once, where nothing else is due between them."""
-    run = Surroundings(course.losses)
-    final, progress = course.fit(run, at_once)
-    assert run.told == course.told
-    assert int(final.step) == 10
-    assert applied(final) == course.applied
-    assert progress == course.progress
+    for at_once, (name, course) in itertools.product([1, 2, 32], COURSES.items()):
+        with subtests.test(name, at_once=at_once):
+            run = Surroundings(course.losses)
+            final, progress = course.fit(run, at_once)
+            assert run.told == course.told
+            assert int(final.step) == 10
+            assert applied(final) == course.applied
+            assert progress == course.progress
 
 
 def facts(told: list[str]) -> list[str]:
     return [t for t in told if not t.startswith("save")]
 
 
-@pytest.mark.parametrize(
-    ("course", "stop_at"),
-    places(lambda _, told: told not in ENDS),
-)
-def test_a_stop_at_any_place_is_saved_and_resuming_does_the_rest(
-    course: Course, stop_at: str
-) -> None:
-    first = Surroundings(course.losses, stop_at=stop_at)
-    with pytest.raises(Stopped):
-        course.fit(first)
-    assert first.told[-1].startswith(f"save {max(first.checkpoints)}")
-    second = Surroundings(course.losses, checkpoints=first.checkpoints)
-    final, progress = course.fit(second)
-    assert facts([*first.told, *second.told]) == facts(course.told)
-    assert applied(final) == course.applied
-    assert progress == course.progress
+def test_a_stop_at_any_place_is_saved_and_resuming_does_the_rest(subtests: pytest.Subtests) -> None:
+    for name, course, stop_at in places(but=ENDS):
+        with subtests.test(name, stop_at=stop_at):
+            first = Surroundings(course.losses, stop_at=stop_at)
+            with pytest.raises(Stopped):
+                course.fit(first)
+            assert first.told[-1].startswith(f"save {max(first.checkpoints)}")
+            second = Surroundings(course.losses, checkpoints=first.checkpoints)
+            final, progress = course.fit(second)
+            assert facts([*first.told, *second.told]) == facts(course.told)
+            assert applied(final) == course.applied
+            assert progress == course.progress
 
 
-@pytest.mark.parametrize("at_once", [1, 32])
-@pytest.mark.parametrize(("course", "kill_at"), places(lambda *_: True))
 def test_a_run_killed_at_any_place_repeats_what_came_after_its_checkpoint(
-    course: Course, kill_at: str, at_once: int
+    subtests: pytest.Subtests,
 ) -> None:
-    first = Surroundings(course.losses, kill_at=kill_at)
-    with pytest.raises(Killed):
-        course.fit(first, at_once)
-    second = Surroundings(course.losses, checkpoints=first.checkpoints)
-    final, progress = course.fit(second)
-    at = max(first.checkpoints, default=-1)
-    # What is told once more at a checkpoint of step 0 is that it is there.
-    place = max((i for i, t in enumerate(course.told) if t.startswith(f"save {at}")), default=-1)
-    assert second.told == course.told[place + (at != 0) :]
-    assert applied(final) == course.applied
-    assert progress == course.progress
+    for at_once, (name, course, kill_at) in itertools.product([1, 32], places()):
+        with subtests.test(name, at_once=at_once, kill_at=kill_at):
+            first = Surroundings(course.losses, kill_at=kill_at)
+            with pytest.raises(Killed):
+                course.fit(first, at_once)
+            second = Surroundings(course.losses, checkpoints=first.checkpoints)
+            final, progress = course.fit(second)
+            at = max(first.checkpoints, default=-1)
+            # What is told once more at a checkpoint of step 0 is that it is there.
+            saves = [i for i, t in enumerate(course.told) if t.startswith(f"save {at}")]
+            place = max(saves, default=-1)
+            assert second.told == course.told[place + (at != 0) :]
+            assert applied(final) == course.applied
+            assert progress == course.progress
 
 
-@pytest.mark.parametrize("course", COURSES.values(), ids=COURSES)
-def test_a_run_that_came_to_its_end_has_nothing_to_do(course: Course) -> None:
-    whole = Surroundings(course.losses)
-    course.fit(whole)
-    again = Surroundings(course.losses, checkpoints=whole.checkpoints)
-    final, progress = course.fit(again)
-    assert again.told == []
-    assert applied(final) == course.applied
-    assert progress == course.progress
+def test_a_run_that_came_to_its_end_has_nothing_to_do(subtests: pytest.Subtests) -> None:
+    for name, course in COURSES.items():
+        with subtests.test(name):
+            whole = Surroundings(course.losses)
+            course.fit(whole)
+            again = Surroundings(course.losses, checkpoints=whole.checkpoints)
+            final, progress = course.fit(again)
+            assert again.told == []
+            assert applied(final) == course.applied
+            assert progress == course.progress
 
 
 def test_more_patience_goes_on_where_less_has_ended() -> None:
@@ -315,11 +314,12 @@ def test_more_patience_goes_on_where_less_has_ended() -> None:
     assert more.told == ["step 11", "step 12", "evaluation 12", "stopped_early 12", "save 12"]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_skipped_step_is_told_with_its_loss(bad: float) -> None:
-    run = Surroundings({2: bad})
-    fit(state(), Progress(), planned("skip"), run)
-    assert run.reasons == [f"the loss of step 3 is {bad:g} and its gradient norm 1"]
+def test_a_skipped_step_is_told_with_its_loss(subtests: pytest.Subtests) -> None:
+    for bad in [math.nan, math.inf]:
+        with subtests.test(bad=bad):
+            run = Surroundings({2: bad})
+            fit(state(), Progress(), planned("skip"), run)
+            assert run.reasons == [f"the loss of step 3 is {bad:g} and its gradient norm 1"]
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_reason() -> None:
@@ -334,30 +334,29 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_reason() -> None:
     assert run.told[-1] == "step_skipped 7"
 
 
-@pytest.mark.parametrize(
-    "losses",
-    [
-        pytest.param(dict.fromkeys((0, 1, 3, 4, 6, 7, 9), math.nan), id="a good one between"),
-        pytest.param({0: SPIKE, 1: math.nan, 9: SPIKE}, id="two at a time"),
-    ],
-)
-def test_skipped_steps_that_are_not_in_a_row_end_nothing(losses: dict[int, float | str]) -> None:
-    run = Surroundings(losses)
-    final, _ = fit(state(), Progress(), planned("skip"), run)
-    assert applied(final) == [n for n in range(10) if n not in losses]
+def test_skipped_steps_that_are_not_in_a_row_end_nothing(subtests: pytest.Subtests) -> None:
+    cases = {
+        "a good one between": dict.fromkeys((0, 1, 3, 4, 6, 7, 9), math.nan),
+        "two at a time": {0: SPIKE, 1: math.nan, 9: SPIKE},
+    }
+    for name, losses in cases.items():
+        with subtests.test(name):
+            run = Surroundings(losses)
+            final, _ = fit(state(), Progress(), planned("skip"), run)
+            assert applied(final) == [n for n in range(10) if n not in losses]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, SPIKE])
-@pytest.mark.parametrize("index", range(10))
 def test_to_stop_at_a_bad_step_fails_at_once_and_saves_nothing_of_it(
-    index: int, bad: float | str
+    subtests: pytest.Subtests,
 ) -> None:
-    run = Surroundings({index: bad})
-    with pytest.raises(RunFailed, match=rf"the loss of step {index + 1} is .*: training diverged"):
-        fit(state(), Progress(), planned("stop"), run)
     well = COURSES["all goes well"].told
-    before = well[: well.index(f"step {index + 1}")]
-    assert run.told == before
+    for bad, index in itertools.product([math.nan, math.inf, SPIKE], range(10)):
+        with subtests.test(bad=bad, index=index):
+            run = Surroundings({index: bad})
+            said = rf"the loss of step {index + 1} is .*: training diverged"
+            with pytest.raises(RunFailed, match=said):
+                fit(state(), Progress(), planned("stop"), run)
+            assert run.told == well[: well.index(f"step {index + 1}")]
 
 
 def test_a_spike_is_told_with_what_it_was_measured_by() -> None:
@@ -365,15 +364,18 @@ def test_a_spike_is_told_with_what_it_was_measured_by() -> None:
         fit(state(), Progress(), planned("stop"), Surroundings({3: SPIKE}))
 
 
-@pytest.mark.parametrize("bad", range(10))
-def test_going_back_is_to_the_newest_checkpoint_and_on_behind_the_bad_batch(bad: int) -> None:
-    run = Surroundings({bad: math.nan})
-    final, _ = fit(state(), Progress(), planned("go_back"), run)
-    newest = max(step for step in (0, 3, 4, 6, 9) if step <= bad)
-    assert f"went_back {bad + 1} to {newest}" in run.told
-    assert applied(final) == [n for n in range(10) if not newest <= n <= bad]
-    assert run.reasons == [f"the loss of step {bad + 1} is nan and its gradient norm 1"]
-    assert run.told[-1] == "save 10"
+def test_going_back_is_to_the_newest_checkpoint_and_on_behind_the_bad_batch(
+    subtests: pytest.Subtests,
+) -> None:
+    for bad in range(10):
+        with subtests.test(bad=bad):
+            run = Surroundings({bad: math.nan})
+            final, _ = fit(state(), Progress(), planned("go_back"), run)
+            newest = max(step for step in (0, 3, 4, 6, 9) if step <= bad)
+            assert f"went_back {bad + 1} to {newest}" in run.told
+            assert applied(final) == [n for n in range(10) if not newest <= n <= bad]
+            assert run.reasons == [f"the loss of step {bad + 1} is nan and its gradient norm 1"]
+            assert run.told[-1] == "save 10"
 
 
 def test_the_limit_of_returns_is_that_of_the_whole_run() -> None:
@@ -406,11 +408,12 @@ def test_overflows_at_the_least_scale_end_the_run_with_the_remedy() -> None:
     assert "the loss scale is now 1" in run.reasons[0]
 
 
-@pytest.mark.parametrize("step", range(10))
-def test_steps_follow_one_another_up_to_what_is_due(step: int) -> None:
-    end = step + PLAN.steps_until_due(step)
-    due = [n for n in range(step + 1, 11) if n % 4 == 0 or n % 3 == 0 or n == 10]
-    assert end == due[0]
+def test_steps_follow_one_another_up_to_what_is_due(subtests: pytest.Subtests) -> None:
+    for step in range(10):
+        with subtests.test(step=step):
+            end = step + PLAN.steps_until_due(step)
+            due = [n for n in range(step + 1, 11) if n % 4 == 0 or n % 3 == 0 or n == 10]
+            assert end == due[0]
 
 
 def test_seldom_records_average_the_time_between_them() -> None:
@@ -428,8 +431,7 @@ def test_seldom_records_average_the_time_between_them() -> None:
     assert told[8]["perf/tokens_per_second"] == pytest.approx(64e3 / told[8]["perf/step_ms"])
 
 
-@pytest.mark.parametrize(("peak", "expected"), [(256.0, 0.5), (None, None)])
-def test_utilisation_is_told_where_the_peak_is_known(peak: float | None, expected: float | None):
+def test_utilisation_is_told_where_the_peak_is_known(subtests: pytest.Subtests):
     """The trainee here takes 64 tokens in half a second."""
     told: list[Mapping[str, float | str]] = []
 
@@ -437,6 +439,9 @@ def test_utilisation_is_told_where_the_peak_is_known(peak: float | None, expecte
         def log(self, event: str, step: int, fields: Mapping[str, float | str]) -> None:
             told.append(fields)
 
-    fit(state(), Progress(), dataclasses.replace(PLAN, peak_tokens_per_second=peak), Told())
-    assert len(told) == PLAN.total_steps
-    assert {fields.get("perf/mfu") for fields in told} == {expected}
+    for peak, expected in [(256.0, 0.5), (None, None)]:
+        with subtests.test(peak=peak):
+            told.clear()
+            fit(state(), Progress(), dataclasses.replace(PLAN, peak_tokens_per_second=peak), Told())
+            assert len(told) == PLAN.total_steps
+            assert {fields.get("perf/mfu") for fields in told} == {expected}

@@ -110,9 +110,8 @@ def test_without_gpu_and_docker_all_is_calm_and_nothing_heavy_is_loaded(tmp_path
         assert [p for p in found["problems"] if "disk" not in p] == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_the_container_of_a_process_is_read_from_every_form_of_cgroup(subtests: pytest.Subtests):
+    cases = [
         "12:pids:/docker/{id}\n4:memory:/docker/{id}\n0::/docker/{id}\n",  # version 1, cgroupfs
         "4:memory:/system.slice/docker-{id}.scope\n1:name=systemd:/system.slice/docker-{id}.scope",
         "0::/system.slice/docker-{id}.scope\n",  # version 2, systemd
@@ -120,11 +119,11 @@ def test_without_gpu_and_docker_all_is_calm_and_nothing_heavy_is_loaded(tmp_path
         "0::/docker/{id}/init\n",  # of a container that makes groups of its own
         "0::/user.slice/user-1000.slice/user@1000.service/user.slice/docker-{id}.scope\n",
         "0::/../docker-{id}.scope\n",  # seen from a group of one's own
-    ],
-)
-def test_the_container_of_a_process_is_read_from_every_form_of_cgroup(text: str):
-    wanted = "0123456789abcdef" * 4
-    assert machine.container_ids(text.format(id=wanted)) == [wanted]
+    ]
+    for text in cases:
+        with subtests.test(text=text):
+            wanted = "0123456789abcdef" * 4
+            assert machine.container_ids(text.format(id=wanted)) == [wanted]
 
 
 def test_a_process_outside_containers_has_none_and_a_nested_one_both():
@@ -287,9 +286,8 @@ def test_a_machine_at_work_is_healthy():
     assert BUSY.problems == ()
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
+def test_each_fault_is_one_sentence(subtests: pytest.Subtests):
+    cases = [
         ({"gpus": Gpus(reason="no NVIDIA driver is installed")}, "should have one: no NVIDIA"),
         ({"gpus": Gpus()}, "the driver sees none"),
         ({"gpus": Gpus(cards=(replace(CARD, ecc_uncorrected=3),))}, "3 memory errors"),
@@ -304,18 +302,16 @@ def test_a_machine_at_work_is_healthy():
         ({"engine": None, "engine_missing": "no Docker"}, "jobs cannot run: no Docker"),
         ({"runners": (replace(BUSY.runners[0], is_listening=False),)}, "box-gpu does not listen"),
         ({"units": (Unit("mainrun-prune.service", "failed"),)}, "mainrun-prune.service failed"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_each_fault_is_one_sentence(changes: dict[str, Any], says: str):
-    (problem,) = replace(BUSY, **changes).problems
-    assert says in problem
-    assert "\n" not in problem
+    ]
+    for changes, says in cases:
+        with subtests.test(changes=changes):
+            (problem,) = replace(BUSY, **changes).problems
+            assert says in problem
+            assert "\n" not in problem
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_what_is_merely_absent_or_ordinary_is_no_fault(subtests: pytest.Subtests):
+    cases = [
         {"gpus": Gpus(reason="no NVIDIA driver is installed"), "gpus_expected": False},
         {"engine": None, "engine_missing": "no Docker", "runners": ()},
         {"engine": None, "engine_missing": "no Docker",
@@ -325,10 +321,10 @@ def test_each_fault_is_one_sentence(changes: dict[str, Any], says: str):
         {"disks": (replace(BUSY.disks[0], used_percent=90.0),)},
         {"units": None},
         {"runners": (Runner("gpu", "/srv/r/gpu"),)},
-    ],
-)  # fmt: skip
-def test_what_is_merely_absent_or_ordinary_is_no_fault(changes: dict[str, Any]):
-    assert replace(BUSY, **changes).problems == ()
+    ]  # fmt: skip
+    for changes in cases:
+        with subtests.test(changes=changes):
+            assert replace(BUSY, **changes).problems == ()
 
 
 # ---------------------------------------------------------------------------------------------

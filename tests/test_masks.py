@@ -110,22 +110,18 @@ def test_every_query_of_every_head_sees_itself_and_nothing_later(
     assert not np.triu(grid, 1).any()
 
 
-@pytest.mark.parametrize(
-    ("attention", "seen_by_the_last"),
-    [
+def test_the_last_of_twelve_tokens_in_blocks_of_two(subtests: pytest.Subtests) -> None:
+    cases = [
         # Six blocks, in strides of three: (0 1 2)(3 4 5).
         (config.LocalKeys(window_including_self=6), {6, 7, 8, 9, 10, 11}),
         (config.StridedKeys(stride=6), {4, 5, 6, 7, 8, 9, 10, 11}),
         (config.FixedKeys(stride=6), {4, 5, 6, 7, 8, 9, 10, 11}),
-    ],
-    ids=lambda value: getattr(value, "kind", ""),
-)
-def test_the_last_of_twelve_tokens_in_blocks_of_two(
-    attention: config.Pattern, seen_by_the_last: set[int]
-) -> None:
-    grid = of(masks.sparse(attention, 2), 12)[0, 0]
-    assert set(np.flatnonzero(grid[11])) == seen_by_the_last
-    assert set(np.flatnonzero(grid[10])) == seen_by_the_last - {11}
+    ]
+    for attention, seen_by_the_last in cases:
+        with subtests.test(attention.kind):
+            grid = of(masks.sparse(attention, 2), 12)[0, 0]
+            assert set(np.flatnonzero(grid[11])) == seen_by_the_last
+            assert set(np.flatnonzero(grid[10])) == seen_by_the_last - {11}
 
 
 def test_heads_take_the_columns_from_the_end_of_the_stride_in_turn() -> None:
@@ -140,13 +136,14 @@ def test_causal_sees_itself_and_the_past() -> None:
     np.testing.assert_array_equal(of(masks.causal, 5)[0, 0], expected)
 
 
-@pytest.mark.parametrize("size", [1, 3, 9])
-def test_a_window_counts_the_querys_own_position(size: int) -> None:
-    grid = of(masks.causal & masks.window_including_self(size), 9)[0, 0]
-    assert grid.sum(axis=-1).tolist() == [min(size, query + 1) for query in range(9)]
-    windowed = config.CausalAttention(num_heads=NUM_HEADS, window_including_self=size)
-    np.testing.assert_array_equal(grid, visible_grid(windowed, 9)[0])
-    np.testing.assert_array_equal(of(masks.of_attention(windowed), 9)[0, 0], grid)
+def test_a_window_counts_the_querys_own_position(subtests: pytest.Subtests) -> None:
+    for size in [1, 3, 9]:
+        with subtests.test(size=size):
+            grid = of(masks.causal & masks.window_including_self(size), 9)[0, 0]
+            assert grid.sum(axis=-1).tolist() == [min(size, query + 1) for query in range(9)]
+            windowed = config.CausalAttention(num_heads=NUM_HEADS, window_including_self=size)
+            np.testing.assert_array_equal(grid, visible_grid(windowed, 9)[0])
+            np.testing.assert_array_equal(of(masks.of_attention(windowed), 9)[0, 0], grid)
 
 
 def test_same_document_sees_its_own_segment_in_its_own_row() -> None:

@@ -1,5 +1,6 @@
 """The mixture of experts against loops over tokens and against every expert on every token."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import cache, partial
@@ -17,12 +18,10 @@ from mainrun.model.initializers import Initializer
 
 WIDTH, HIDDEN, BATCH, TIME = 8, 6, 2, 12
 ACTIVATIONS = get_args(config.Activation)
-every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 # How much more of the first input the router gives to each expert than to the one before. The
 # first input of every token is 1: at 4, all tokens want the same experts.
 LOADS = {"even": 0.0, "uneven": 1.0, "all on the same": 4.0}
-every_load = pytest.mark.parametrize("load", LOADS)
 
 Params = dict[str, jax.Array]
 
@@ -121,33 +120,38 @@ def every_expert_on_every_token(activation: str, top_k: int, found: Params, x: j
     return jnp.einsum("bteh,ehw,bte->btw", hidden, found["down"], weights)
 
 
-@every_activation
-@every_load
-def test_each_token_is_computed_by_its_experts(activation: config.Activation, load: str) -> None:
-    found, x = params(activation, load=load), inputs()
-    y, routing = computed(activation)(found, x)
-    expected, probabilities, chosen = token_by_token(activation, 2, found, x)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(routing.probabilities, probabilities, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(routing.chosen, chosen)
+def test_each_token_is_computed_by_its_experts(subtests: pytest.Subtests) -> None:
+    for activation, load in itertools.product(ACTIVATIONS, LOADS):
+        with subtests.test(activation=activation, load=load):
+            found, x = params(activation, load=load), inputs()
+            y, routing = computed(activation)(found, x)
+            expected, probabilities, chosen = token_by_token(activation, 2, found, x)
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(routing.probabilities, probabilities, rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(routing.chosen, chosen)
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(4, 1), (4, 4), (5, 3), (16, 1), (16, 7)])
-@every_load
-def test_any_number_of_experts_and_choices(experts: int, top_k: int, load: str) -> None:
-    found, x = params(experts=experts, top_k=top_k, load=load), inputs(1)
-    y, routing = computed(experts=experts, top_k=top_k)(found, x)
-    expected, _, chosen = token_by_token("swiglu", top_k, found, x)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(routing.chosen, chosen)
-    np.testing.assert_array_equal(routing.chosen.sum(-1), top_k)
+def test_any_number_of_experts_and_choices(subtests: pytest.Subtests) -> None:
+    for (experts, top_k), load in itertools.product(
+        [(4, 1), (4, 4), (5, 3), (16, 1), (16, 7)], LOADS
+    ):
+        with subtests.test(experts=experts, top_k=top_k, load=load):
+            found, x = params(experts=experts, top_k=top_k, load=load), inputs(1)
+            y, routing = computed(experts=experts, top_k=top_k)(found, x)
+            expected, _, chosen = token_by_token("swiglu", top_k, found, x)
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(routing.chosen, chosen)
+            np.testing.assert_array_equal(routing.chosen.sum(-1), top_k)
 
 
-@pytest.mark.parametrize("time", [1, 3])
-def test_fewer_places_than_experts(time: int) -> None:
-    found, x = params(experts=8), inputs(2, batch=1, time=time)
-    y, _ = computed(experts=8)(found, x)
-    np.testing.assert_allclose(y, token_by_token("swiglu", 2, found, x)[0], rtol=1e-5, atol=1e-5)
+def test_fewer_places_than_experts(subtests: pytest.Subtests) -> None:
+    for time in [1, 3]:
+        with subtests.test(time=time):
+            found, x = params(experts=8), inputs(2, batch=1, time=time)
+            y, _ = computed(experts=8)(found, x)
+            np.testing.assert_allclose(
+                y, token_by_token("swiglu", 2, found, x)[0], rtol=1e-5, atol=1e-5
+            )
 
 
 def test_the_loads_are_what_they_are_called() -> None:
@@ -177,15 +181,13 @@ def both_gradients(activation: config.Activation = "swiglu", experts: int = 4) -
     return jax.jit(lambda found, x: (ours(found, x), plain(found, x)))
 
 
-@every_activation
-@every_load
-def test_gradients_are_those_of_every_expert_on_every_token(
-    activation: config.Activation, load: str
-) -> None:
-    ours, plain = both_gradients(activation)(params(activation, load=load), inputs())
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, plain)
-    if load != "all on the same":
-        assert all(float(jnp.abs(part).max()) > 1e-3 for part in jax.tree.leaves(plain))
+def test_gradients_are_those_of_every_expert_on_every_token(subtests: pytest.Subtests) -> None:
+    for activation, load in itertools.product(ACTIVATIONS, LOADS):
+        with subtests.test(activation=activation, load=load):
+            ours, plain = both_gradients(activation)(params(activation, load=load), inputs())
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, plain)
+            if load != "all on the same":
+                assert all(float(jnp.abs(part).max()) > 1e-3 for part in jax.tree.leaves(plain))
 
 
 def test_gradients_where_places_are_fewer_than_experts() -> None:
@@ -194,16 +196,17 @@ def test_gradients_where_places_are_fewer_than_experts() -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, plain)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_weights_of_the_chosen_sum_to_one(top_k: int) -> None:
+def test_weights_of_the_chosen_sum_to_one(subtests: pytest.Subtests) -> None:
     """Experts that are all the same give together what one of them gives."""
-    found, x = params(top_k=top_k), inputs()
-    same = found | {name: jnp.broadcast_to(found[name][:1], found[name].shape)
-                    for name in ("up", "down")}  # fmt: skip
-    y, _ = computed(top_k=top_k)(same, x)
-    gate, up = np.split(np.asarray(x @ found["up"][0], np.float64), 2, axis=-1)
-    expected = gate / (1 + np.exp(-gate)) * up @ found["down"][0]
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for top_k in [1, 2, 3]:
+        with subtests.test(top_k=top_k):
+            found, x = params(top_k=top_k), inputs()
+            same = found | {name: jnp.broadcast_to(found[name][:1], found[name].shape)
+                            for name in ("up", "down")}  # fmt: skip
+            y, _ = computed(top_k=top_k)(same, x)
+            gate, up = np.split(np.asarray(x @ found["up"][0], np.float64), 2, axis=-1)
+            expected = gate / (1 + np.exp(-gate)) * up @ found["down"][0]
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_are_float32_arrays_without_biases() -> None:
@@ -259,16 +262,17 @@ def test_later_tokens_change_nothing_earlier() -> None:
                 assert apart[position] > 1e-3
 
 
-@every_load
-def test_the_rest_of_the_batch_changes_no_row(load: str) -> None:
-    found, x = params(load=load), inputs(batch=3)
-    whole, routing = computed()(found, x)
-    others, _ = computed()(found, inputs(7, batch=3).at[1].set(x[1]))
-    np.testing.assert_allclose(whole[1], others[1], rtol=1e-6, atol=1e-6)
-    for row in range(3):
-        alone, alone_routing = computed()(found, x[row : row + 1])
-        np.testing.assert_allclose(whole[row], alone[0], rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(routing.chosen[row], alone_routing.chosen[0])
+def test_the_rest_of_the_batch_changes_no_row(subtests: pytest.Subtests) -> None:
+    for load in LOADS:
+        with subtests.test(load=load):
+            found, x = params(load=load), inputs(batch=3)
+            whole, routing = computed()(found, x)
+            others, _ = computed()(found, inputs(7, batch=3).at[1].set(x[1]))
+            np.testing.assert_allclose(whole[1], others[1], rtol=1e-6, atol=1e-6)
+            for row in range(3):
+                alone, alone_routing = computed()(found, x[row : row + 1])
+                np.testing.assert_allclose(whole[row], alone[0], rtol=1e-6, atol=1e-6)
+                np.testing.assert_array_equal(routing.chosen[row], alone_routing.chosen[0])
 
 
 def test_a_scan_over_micro_batches_and_a_population_give_the_same_gradients() -> None:
@@ -308,25 +312,25 @@ def most_rows(tokens: int, top_k: int, experts: int) -> int:
     return experts * room.share + most[tokens * top_k] * room.block
 
 
-@pytest.mark.parametrize(
-    ("tokens", "top_k", "experts"),
-    [(1, 1, 2), (1, 2, 8), (3, 2, 8), (8, 2, 4), (40, 1, 3), (37, 2, 4), (40, 2, 2), (33, 5, 9),
-     (40, 6, 15), (50, 1, 16)],
-)  # fmt: skip
-def test_there_is_room_for_the_most_uneven_routing(tokens: int, top_k: int, experts: int) -> None:
-    room = moe.Room.for_tokens(tokens, top_k, experts)
-    needed = most_rows(tokens, top_k, experts)
-    assert needed <= room.rows
-    # ... and hardly more: a block for each choice, since last blocks are seldom all begun.
-    assert room.rows <= needed + top_k * room.block
+def test_there_is_room_for_the_most_uneven_routing(subtests: pytest.Subtests) -> None:
+    cases = [(1, 1, 2), (1, 2, 8), (3, 2, 8), (8, 2, 4), (40, 1, 3), (37, 2, 4), (40, 2, 2),
+             (33, 5, 9), (40, 6, 15), (50, 1, 16)]  # fmt: skip
+    for tokens, top_k, experts in cases:
+        with subtests.test(tokens=tokens, top_k=top_k, experts=experts):
+            room = moe.Room.for_tokens(tokens, top_k, experts)
+            needed = most_rows(tokens, top_k, experts)
+            assert needed <= room.rows
+            # ... and hardly more: a block for each choice, since last blocks are seldom all begun.
+            assert room.rows <= needed + top_k * room.block
 
 
-@pytest.mark.parametrize("experts", [4, 8, 16])
-def test_rows_do_not_grow_with_the_number_of_experts(experts: int) -> None:
+def test_rows_do_not_grow_with_the_number_of_experts(subtests: pytest.Subtests) -> None:
     """Even in the worst case no more are computed than twice the places."""
-    for top_k in (1, 2, 4):
-        places = 1024 * top_k
-        assert places <= moe.Room.for_tokens(1024, top_k, experts).rows <= 2 * places
+    for experts in [4, 8, 16]:
+        with subtests.test(experts=experts):
+            for top_k in (1, 2, 4):
+                places = 1024 * top_k
+                assert places <= moe.Room.for_tokens(1024, top_k, experts).rows <= 2 * places
 
 
 def flops(experts: int, top_k: int) -> float:
@@ -360,14 +364,19 @@ def routing(probabilities: Any, chosen: Any) -> moe.Routing:
     return moe.Routing(jnp.asarray(probabilities, jnp.float32), jnp.asarray(chosen, bool))
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_an_even_load_costs_one_and_the_same_experts_for_all_the_most(top_k: int) -> None:
-    in_turn = [[(e - t * top_k) % 8 < top_k for e in range(8)] for t in range(8)]
-    even = routing(np.full((1, 8, 8), 1 / 8), [in_turn])
-    np.testing.assert_allclose(moe.balance_loss(even, jnp.ones((1, 8))), 1, rtol=1e-6)
-    taken = np.arange(8) < top_k
-    crowded = routing([[taken / top_k] * 8], [[taken] * 8])
-    np.testing.assert_allclose(moe.balance_loss(crowded, jnp.ones((1, 8))), 8 / top_k, rtol=1e-6)
+def test_an_even_load_costs_one_and_the_same_experts_for_all_the_most(
+    subtests: pytest.Subtests,
+) -> None:
+    for top_k in [1, 2, 4]:
+        with subtests.test(top_k=top_k):
+            in_turn = [[(e - t * top_k) % 8 < top_k for e in range(8)] for t in range(8)]
+            even = routing(np.full((1, 8, 8), 1 / 8), [in_turn])
+            np.testing.assert_allclose(moe.balance_loss(even, jnp.ones((1, 8))), 1, rtol=1e-6)
+            taken = np.arange(8) < top_k
+            crowded = routing([[taken / top_k] * 8], [[taken] * 8])
+            np.testing.assert_allclose(
+                moe.balance_loss(crowded, jnp.ones((1, 8))), 8 / top_k, rtol=1e-6
+            )
 
 
 def test_balance_loss_is_its_formula_and_padding_does_not_move_it() -> None:

@@ -49,26 +49,29 @@ def test_the_smoothed_ratio_is_the_noise_scale_whatever_the_sizes_of_micro_batch
     assert float(now.signal) / weight == pytest.approx((mean**2).sum(), rel=0.1)
 
 
-@pytest.mark.parametrize("others", [0, 2])
-def test_a_single_micro_batch_tells_nothing(others: int) -> None:
+def test_a_single_micro_batch_tells_nothing(subtests: pytest.Subtests) -> None:
     """Nor one among others that are padding alone."""
-    gradients = [np.ones((5, 3)), *[np.zeros((0, 3))] * others]
-    for before in (noise.none(), Noise(jnp.float32(3.0), jnp.float32(2.0))):
-        after = observe(before, gradients, decay=0.9)
-        np.testing.assert_array_equal(after, before)
-    assert np.isnan(noise.scale_tokens(observe(noise.none(), gradients, decay=0.9)))
+    for others in [0, 2]:
+        with subtests.test(others=others):
+            gradients = [np.ones((5, 3)), *[np.zeros((0, 3))] * others]
+            for before in (noise.none(), Noise(jnp.float32(3.0), jnp.float32(2.0))):
+                after = observe(before, gradients, decay=0.9)
+                np.testing.assert_array_equal(after, before)
+            assert np.isnan(noise.scale_tokens(observe(noise.none(), gradients, decay=0.9)))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_gradients_that_are_no_numbers_tell_nothing(bad: float) -> None:
-    before = Noise(jnp.float32(3.0), jnp.float32(2.0))
-    after = observe(before, [np.ones((2, 3)), np.full((2, 3), bad)], decay=0.9)
-    np.testing.assert_array_equal(after, before)
+def test_gradients_that_are_no_numbers_tell_nothing(subtests: pytest.Subtests) -> None:
+    for bad in [np.nan, np.inf]:
+        with subtests.test(bad=bad):
+            before = Noise(jnp.float32(3.0), jnp.float32(2.0))
+            after = observe(before, [np.ones((2, 3)), np.full((2, 3), bad)], decay=0.9)
+            np.testing.assert_array_equal(after, before)
 
 
-@pytest.mark.parametrize(("variance", "signal"), [(-1.0, 2.0), (2.0, -1.0), (2.0, 0.0)])
-def test_an_estimate_below_zero_is_not_told(variance: float, signal: float) -> None:
-    assert np.isnan(noise.scale_tokens(Noise(jnp.float32(variance), jnp.float32(signal))))
+def test_an_estimate_below_zero_is_not_told(subtests: pytest.Subtests) -> None:
+    for variance, signal in [(-1.0, 2.0), (2.0, -1.0), (2.0, 0.0)]:
+        with subtests.test(variance=variance, signal=signal):
+            assert np.isnan(noise.scale_tokens(Noise(jnp.float32(variance), jnp.float32(signal))))
 
 
 def one_target() -> Batch:

@@ -104,16 +104,17 @@ def test_committed_file_is_small_and_names_no_machine():
     assert all(cell.metadata == {} for cell in COMMITTED.cells)
 
 
-@pytest.mark.parametrize("cell", CODE, ids=lambda cell: cell.id)
-def test_cells_are_short_and_compute_nothing_themselves(cell):
-    assert len(cell.source.splitlines()) <= 10
-    for node in ast.walk(ast.parse(cell.source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        else:
-            names = []
-        assert {name.split(".")[0] for name in names} <= {"mainrun", "matplotlib"}
-        assert not isinstance(node, COMPUTING)
-        assert not (isinstance(node, ast.Constant) and isinstance(node.value, int | float))
+def test_cells_are_short_and_compute_nothing_themselves(subtests: pytest.Subtests):
+    for cell in CODE:
+        with subtests.test(cell.id):
+            assert len(cell.source.splitlines()) <= 10
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                else:
+                    names = []
+                assert {name.split(".")[0] for name in names} <= {"mainrun", "matplotlib"}
+                assert not isinstance(node, COMPUTING)
+                assert not (isinstance(node, ast.Constant) and isinstance(node.value, int | float))

@@ -4,6 +4,7 @@ Step by step against PyTorch: `test_torch_optimizers`. All on a network: `test_o
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,6 @@ from mainrun.training import optimizer as optimizers
 from tests import variants
 
 KINDS = complaints.dataclasses_in(config.Optimizer)
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 
 SHAPES = {
     "token_embedding.embedding": (7, 4),
@@ -89,9 +89,7 @@ def assert_equal(found: Arrays, expected: dict[str, Any], rtol: float = 1e-5) ->
 # ---------------------------------------------------------------------------------------------
 # Against NumPy
 
-clips_and_decays = pytest.mark.parametrize(
-    ("clip", "decay_on"), [(None, "matrices"), (None, "all"), (0.6, "matrices"), (0.6, "all")]
-)
+CLIPS_AND_DECAYS = list(itertools.product((None, 0.6), ("matrices", "all")))
 Rule = Callable[[], Callable[[int, np.ndarray], np.ndarray]]  # by t and gradient, an update
 
 
@@ -165,54 +163,56 @@ def rmsprop(b2: float, eps: float, decay: float) -> Rule:
     return rule
 
 
-@clips_and_decays
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_sgd_is_momentum_with_coupled_decay(
-    decay: float, clip: float | None, decay_on: str
-) -> None:
-    settings = config.Sgd(momentum=decay, weight_decay=0.2, decay_on=decay_on)
-    expected = by_numpy(momentum(decay), clip=clip, coupled=0.2, decoupled=0, decay_on=decay_on)
-    assert_equal(updated(settings, clip), expected)
+def test_sgd_is_momentum_with_coupled_decay(subtests: pytest.Subtests) -> None:
+    for (clip, decay_on), decay in itertools.product(CLIPS_AND_DECAYS, [0.0, 0.9]):
+        with subtests.test(clip=clip, decay_on=decay_on, decay=decay):
+            settings = config.Sgd(momentum=decay, weight_decay=0.2, decay_on=decay_on)
+            expected = by_numpy(
+                momentum(decay), clip=clip, coupled=0.2, decoupled=0, decay_on=decay_on
+            )
+            assert_equal(updated(settings, clip), expected)
 
 
-@clips_and_decays
-def test_adam_is_its_paper_with_coupled_decay(clip: float | None, decay_on: str) -> None:
-    settings = config.Adam(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.2, decay_on=decay_on)
-    rule = adam(0.8, 0.9, 1e-3)
-    expected = by_numpy(rule, clip=clip, coupled=0.2, decoupled=0, decay_on=decay_on)
-    assert_equal(updated(settings, clip), expected)
+def test_adam_is_its_paper_with_coupled_decay(subtests: pytest.Subtests) -> None:
+    for clip, decay_on in CLIPS_AND_DECAYS:
+        with subtests.test(clip=clip, decay_on=decay_on):
+            settings = config.Adam(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.2, decay_on=decay_on)
+            rule = adam(0.8, 0.9, 1e-3)
+            expected = by_numpy(rule, clip=clip, coupled=0.2, decoupled=0, decay_on=decay_on)
+            assert_equal(updated(settings, clip), expected)
 
 
-@clips_and_decays
-def test_adamw_is_its_paper(clip: float | None, decay_on: str) -> None:
-    settings = config.AdamW(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.2, decay_on=decay_on)
-    rule = adam(0.8, 0.9, 1e-3)
-    expected = by_numpy(rule, clip=clip, coupled=0, decoupled=0.2, decay_on=decay_on)
-    assert_equal(updated(settings, clip), expected)
+def test_adamw_is_its_paper(subtests: pytest.Subtests) -> None:
+    for clip, decay_on in CLIPS_AND_DECAYS:
+        with subtests.test(clip=clip, decay_on=decay_on):
+            settings = config.AdamW(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.2, decay_on=decay_on)
+            rule = adam(0.8, 0.9, 1e-3)
+            expected = by_numpy(rule, clip=clip, coupled=0, decoupled=0.2, decay_on=decay_on)
+            assert_equal(updated(settings, clip), expected)
 
 
-@clips_and_decays
-@pytest.mark.parametrize(("initial", "eps"), [(0.0, 1e-10), (0.5, 1e-10), (0.0, 0.1)])
-def test_adagrad_divides_by_the_root_of_all_squares(
-    initial: float, eps: float, clip: float | None, decay_on: str
-) -> None:
-    settings = config.Adagrad(
-        initial_accumulator=initial, eps=eps, weight_decay=0.2, decay_on=decay_on
-    )
-    rule = adagrad(initial, eps)
-    expected = by_numpy(rule, clip=clip, coupled=0.2, decoupled=0, decay_on=decay_on)
-    assert_equal(updated(settings, clip), expected)
+def test_adagrad_divides_by_the_root_of_all_squares(subtests: pytest.Subtests) -> None:
+    for (clip, decay_on), (initial, eps) in itertools.product(
+        CLIPS_AND_DECAYS, [(0.0, 1e-10), (0.5, 1e-10), (0.0, 0.1)]
+    ):
+        with subtests.test(clip=clip, decay_on=decay_on, initial=initial, eps=eps):
+            settings = config.Adagrad(
+                initial_accumulator=initial, eps=eps, weight_decay=0.2, decay_on=decay_on
+            )
+            rule = adagrad(initial, eps)
+            expected = by_numpy(rule, clip=clip, coupled=0.2, decoupled=0, decay_on=decay_on)
+            assert_equal(updated(settings, clip), expected)
 
 
-@clips_and_decays
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_rmsprop_divides_by_the_root_of_the_mean_square(
-    decay: float, clip: float | None, decay_on: str
-) -> None:
-    settings = config.RmsProp(b2=0.9, eps=1e-3, momentum=decay, weight_decay=0.2, decay_on=decay_on)
-    rule = rmsprop(0.9, 1e-3, decay)
-    expected = by_numpy(rule, clip=clip, coupled=0.2, decoupled=0, decay_on=decay_on)
-    assert_equal(updated(settings, clip), expected)
+def test_rmsprop_divides_by_the_root_of_the_mean_square(subtests: pytest.Subtests) -> None:
+    for (clip, decay_on), decay in itertools.product(CLIPS_AND_DECAYS, [0.0, 0.9]):
+        with subtests.test(clip=clip, decay_on=decay_on, decay=decay):
+            settings = config.RmsProp(
+                b2=0.9, eps=1e-3, momentum=decay, weight_decay=0.2, decay_on=decay_on
+            )
+            rule = rmsprop(0.9, 1e-3, decay)
+            expected = by_numpy(rule, clip=clip, coupled=0.2, decoupled=0, decay_on=decay_on)
+            assert_equal(updated(settings, clip), expected)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -231,25 +231,27 @@ def by_optax(made: optax.GradientTransformation) -> Arrays:
 MATRICES = {name: has_decay(name, "matrices") for name in SHAPES}
 
 
-@pytest.mark.parametrize("min_size", [2, 4, 128], ids=lambda n: f"factored from {n}")
-@pytest.mark.parametrize(("clip_rms", "by_parameter"), [(1.0, True), (0.1, False), (None, True)])
-def test_adafactor_is_optaxs(min_size: int, clip_rms: float | None, by_parameter: bool) -> None:
-    settings = config.Adafactor(
-        decay_exponent=0.7,
-        clip_update_rms=clip_rms,
-        scale_by_parameter=by_parameter,
-        min_size_to_factor=min_size,
-    )
-    expected = by_optax(
-        optax.adafactor(
-            rate,
-            min_dim_size_to_factor=min_size,
-            decay_rate=0.7,
-            multiply_by_parameter_scale=by_parameter,
-            clipping_threshold=clip_rms,
-        )
-    )
-    assert_equal(updated(settings), expected)
+def test_adafactor_is_optaxs(subtests: pytest.Subtests) -> None:
+    for min_size, (clip_rms, by_parameter) in itertools.product(
+        [2, 4, 128], [(1.0, True), (0.1, False), (None, True)]
+    ):
+        with subtests.test(min_size=min_size, clip_rms=clip_rms, by_parameter=by_parameter):
+            settings = config.Adafactor(
+                decay_exponent=0.7,
+                clip_update_rms=clip_rms,
+                scale_by_parameter=by_parameter,
+                min_size_to_factor=min_size,
+            )
+            expected = by_optax(
+                optax.adafactor(
+                    rate,
+                    min_dim_size_to_factor=min_size,
+                    decay_rate=0.7,
+                    multiply_by_parameter_scale=by_parameter,
+                    clipping_threshold=clip_rms,
+                )
+            )
+            assert_equal(updated(settings), expected)
 
 
 def test_lion_is_optaxs() -> None:
@@ -324,13 +326,16 @@ def test_schedule_free_parameters_are_the_average_of_optaxs_own() -> None:
     assert min(apart) > 1e-3, "the average is not where gradients are taken"
 
 
-@every_kind
-def test_gradients_are_taken_at_the_parameters_but_for_schedule_free(kind: Any) -> None:
-    optimizer = optimizers.optimizer(kind(), rate, 1.0)
-    params, state = states(kind(), 1.0)[-1]
-    point = optimizer.gradient_point(jax.tree.map(jnp.asarray, params), state)
-    is_elsewhere = any((np.asarray(point[n]) != params[n]).any() for n in params)
-    assert is_elsewhere == (kind is config.ScheduleFreeAdamW)
+def test_gradients_are_taken_at_the_parameters_but_for_schedule_free(
+    subtests: pytest.Subtests,
+) -> None:
+    for kind in KINDS:
+        with subtests.test(kind=kind.kind):
+            optimizer = optimizers.optimizer(kind(), rate, 1.0)
+            params, state = states(kind(), 1.0)[-1]
+            point = optimizer.gradient_point(jax.tree.map(jnp.asarray, params), state)
+            is_elsewhere = any((np.asarray(point[n]) != params[n]).any() for n in params)
+            assert is_elsewhere == (kind is config.ScheduleFreeAdamW)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -357,66 +362,71 @@ def first_update(settings: config.Optimizer, gradient: Arrays = GRADIENTS[0]) ->
     return {name: after[name] - PARAMS[name] for name in after}
 
 
-@every_kind
-def test_clipping_is_of_the_whole_gradient_before_anything_else(kind: Any) -> None:
-    cut = [
-        {n: g.astype(np.float32) for n, g in clipped(gradient, 0.6).items()}
-        for gradient in GRADIENTS
-    ]
-    assert_equal(updated(kind(), 0.6), updated(kind(), None, cut), rtol=1e-4)
+def test_clipping_is_of_the_whole_gradient_before_anything_else(subtests: pytest.Subtests) -> None:
+    for kind in KINDS:
+        with subtests.test(kind=kind.kind):
+            cut = [
+                {n: g.astype(np.float32) for n, g in clipped(gradient, 0.6).items()}
+                for gradient in GRADIENTS
+            ]
+            assert_equal(updated(kind(), 0.6), updated(kind(), None, cut), rtol=1e-4)
 
 
-@every_kind
-@pytest.mark.parametrize("decay_on", ["matrices", "all"])
-def test_every_parameter_decays_once_or_not_at_all(kind: Any, decay_on: str) -> None:
+def test_every_parameter_decays_once_or_not_at_all(subtests: pytest.Subtests) -> None:
     """Coupled decay is one with a gradient to which it is added; the other shrinks by itself."""
-    plain = plainly(kind, weight_decay=0.0)
-    found = first_update(plainly(kind, weight_decay=0.3, decay_on=decay_on))
-    decay = {n: 0.3 * p * has_decay(n, decay_on) for n, p in PARAMS.items()}
-    if COUPLED[kind]:
-        gradient = {n: g + decay[n] for n, g in GRADIENTS[0].items()}
-        expected = first_update(plain, gradient)
-    else:
-        expected = {n: u - RATES[0] * decay[n] for n, u in first_update(plain).items()}
-    assert_equal(found, expected)
-    without = first_update(plain)
-    decayed = {n for n in SHAPES if np.abs(found[n] - without[n]).max() > 1e-3}
-    assert decayed == {n for n in SHAPES if has_decay(n, decay_on)}
+    for kind, decay_on in itertools.product(KINDS, ["matrices", "all"]):
+        with subtests.test(kind=kind.kind, decay_on=decay_on):
+            plain = plainly(kind, weight_decay=0.0)
+            found = first_update(plainly(kind, weight_decay=0.3, decay_on=decay_on))
+            decay = {n: 0.3 * p * has_decay(n, decay_on) for n, p in PARAMS.items()}
+            if COUPLED[kind]:
+                gradient = {n: g + decay[n] for n, g in GRADIENTS[0].items()}
+                expected = first_update(plain, gradient)
+            else:
+                expected = {n: u - RATES[0] * decay[n] for n, u in first_update(plain).items()}
+            assert_equal(found, expected)
+            without = first_update(plain)
+            decayed = {n for n in SHAPES if np.abs(found[n] - without[n]).max() > 1e-3}
+            assert decayed == {n for n in SHAPES if has_decay(n, decay_on)}
 
 
-@every_kind
-@pytest.mark.parametrize("decay_on", ["matrices", "all"])
-def test_weight_decay_names_every_parameter_of_a_network(kind: Any, decay_on: str) -> None:
+def test_weight_decay_names_every_parameter_of_a_network(subtests: pytest.Subtests) -> None:
     params = variants.params(variants.networks()["gpt-moe"])
     group = config.Group(parameters="blocks.1.*", weight_decay=0.5)
-    settings = kind(weight_decay=0.3, decay_on=decay_on, groups=(group,))
-    expected = {
-        name: 0.5 if name.startswith("blocks.1.") else 0.3 * has_decay(name, decay_on)
-        for name in params
-    }
-    assert optimizers.weight_decay(settings, params) == expected
+    for kind, decay_on in itertools.product(KINDS, ["matrices", "all"]):
+        with subtests.test(kind=kind.kind, decay_on=decay_on):
+            settings = kind(weight_decay=0.3, decay_on=decay_on, groups=(group,))
+            expected = {
+                name: 0.5 if name.startswith("blocks.1.") else 0.3 * has_decay(name, decay_on)
+                for name in params
+            }
+            assert optimizers.weight_decay(settings, params) == expected
 
 
-@every_kind
-def test_a_group_has_its_own_rate_and_decay_and_leaves_the_others_alone(kind: Any) -> None:
-    group = config.Group(parameters="*.qkv.*", learning_rate_factor=0.5, weight_decay=0.7)
-    found = first_update(kind(weight_decay=0.2, groups=(group,)))
-    others = first_update(kind(weight_decay=0.2))
-    grouped = first_update(kind(weight_decay=0.7, decay_on="all"))
-    expected = {n: 0.5 * grouped[n] if ".qkv." in n else others[n] for n in SHAPES}
-    assert_equal(found, expected)
+def test_a_group_has_its_own_rate_and_decay_and_leaves_the_others_alone(
+    subtests: pytest.Subtests,
+) -> None:
+    for kind in KINDS:
+        with subtests.test(kind=kind.kind):
+            group = config.Group(parameters="*.qkv.*", learning_rate_factor=0.5, weight_decay=0.7)
+            found = first_update(kind(weight_decay=0.2, groups=(group,)))
+            others = first_update(kind(weight_decay=0.2))
+            grouped = first_update(kind(weight_decay=0.7, decay_on="all"))
+            expected = {n: 0.5 * grouped[n] if ".qkv." in n else others[n] for n in SHAPES}
+            assert_equal(found, expected)
 
 
-@every_kind
-def test_a_group_that_says_only_one_thing_keeps_the_other(kind: Any) -> None:
-    name = "token_embedding.embedding"
-    slower = config.Group(parameters=name, learning_rate_factor=0.25)
-    spared = config.Group(parameters=name, weight_decay=0.0)
-    plain = first_update(kind(weight_decay=0.2))[name]
-    without = first_update(kind(weight_decay=0.0))[name]
-    for group, expected in ((slower, 0.25 * plain), (spared, without)):
-        found = first_update(kind(weight_decay=0.2, groups=(group,)))[name]
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+def test_a_group_that_says_only_one_thing_keeps_the_other(subtests: pytest.Subtests) -> None:
+    for kind in KINDS:
+        with subtests.test(kind=kind.kind):
+            name = "token_embedding.embedding"
+            slower = config.Group(parameters=name, learning_rate_factor=0.25)
+            spared = config.Group(parameters=name, weight_decay=0.0)
+            plain = first_update(kind(weight_decay=0.2))[name]
+            without = first_update(kind(weight_decay=0.0))[name]
+            for group, expected in ((slower, 0.25 * plain), (spared, without)):
+                found = first_update(kind(weight_decay=0.2, groups=(group,)))[name]
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_rate_of_zero_freezes_a_group() -> None:
@@ -455,24 +465,24 @@ def groups(*patterns: str) -> tuple[config.Group, ...]:
     return tuple(config.Group(parameters=p, weight_decay=0.0) for p in patterns)
 
 
-@every_kind
-def test_a_group_that_names_no_parameter_is_an_error(kind: Any) -> None:
-    with pytest.raises(
-        UserError,
-        match=r"^optimizer\.groups: \*\.bais names no parameter; they are called "
-        r"blocks\.0\.attention\.qkv\.bias, .* …$",
-    ):
-        updated(kind(groups=groups("*.bias", "*.bais")))
+def test_a_group_that_names_no_parameter_is_an_error(subtests: pytest.Subtests) -> None:
+    said = (
+        r"^optimizer\.groups: \*\.bais names no parameter; they are called "
+        r"blocks\.0\.attention\.qkv\.bias, .* …$"
+    )
+    for kind in KINDS:
+        with subtests.test(kind=kind.kind), pytest.raises(UserError, match=said):
+            updated(kind(groups=groups("*.bias", "*.bais")))
 
 
-@every_kind
-def test_a_parameter_in_two_groups_is_an_error_that_names_them(kind: Any) -> None:
-    with pytest.raises(
-        UserError,
-        match=r"^optimizer\.groups: blocks\.0\.attention\.qkv\.bias is in blocks\.\* and in "
-        r"\*\.bias: let one of them name it$",
-    ):
-        updated(kind(groups=groups("blocks.*", "final_norm.*", "*.bias")))
+def test_a_parameter_in_two_groups_is_an_error_that_names_them(subtests: pytest.Subtests) -> None:
+    said = (
+        r"^optimizer\.groups: blocks\.0\.attention\.qkv\.bias is in blocks\.\* and in \*\.bias: "
+        r"let one of them name it$"
+    )
+    for kind in KINDS:
+        with subtests.test(kind=kind.kind), pytest.raises(UserError, match=said):
+            updated(kind(groups=groups("blocks.*", "final_norm.*", "*.bias")))
 
 
 def test_a_pattern_minds_case_and_the_whole_name() -> None:
@@ -494,21 +504,24 @@ def dtypes(state: optax.OptState) -> Iterator[tuple[str, tuple[int, ...], Any]]:
         yield jax.tree_util.keystr(path), leaf.shape, leaf.dtype
 
 
-@pytest.mark.parametrize("kind", WITH_MOMENT_DTYPE, ids=lambda kind: kind.kind)
-def test_a_moment_in_bfloat16_is_the_first_and_nothing_else(kind: Any) -> None:
-    wide, narrow = (states(kind(moment_dtype=name), 1.0) for name in ("float32", "bfloat16"))
-    moments = set()
-    for (params, state), (other_params, other) in zip(wide, narrow, strict=True):
-        for (path, shape, dtype), changed in zip(dtypes(state), dtypes(other), strict=True):
-            is_first = ".mu[" in path
-            assert changed == (path, shape, jnp.bfloat16 if is_first else dtype)
-            assert not is_first or dtype == jnp.float32
-            moments |= {name for name in SHAPES if is_first and name in path}
-        for name, array in other_params.items():
-            assert array.dtype == np.float32
-            # Eight bits of mantissa, three times, of updates of up to a rate of 0.2.
-            np.testing.assert_allclose(array, params[name], atol=0.02, err_msg=name)
-    assert moments == set(SHAPES)
+def test_a_moment_in_bfloat16_is_the_first_and_nothing_else(subtests: pytest.Subtests) -> None:
+    for kind in WITH_MOMENT_DTYPE:
+        with subtests.test(kind=kind.kind):
+            wide, narrow = (
+                states(kind(moment_dtype=name), 1.0) for name in ("float32", "bfloat16")
+            )
+            moments = set()
+            for (params, state), (other_params, other) in zip(wide, narrow, strict=True):
+                for (path, shape, dtype), changed in zip(dtypes(state), dtypes(other), strict=True):
+                    is_first = ".mu[" in path
+                    assert changed == (path, shape, jnp.bfloat16 if is_first else dtype)
+                    assert not is_first or dtype == jnp.float32
+                    moments |= {name for name in SHAPES if is_first and name in path}
+                for name, array in other_params.items():
+                    assert array.dtype == np.float32
+                    # Eight bits of mantissa, three times, of updates of up to a rate of 0.2.
+                    np.testing.assert_allclose(array, params[name], atol=0.02, err_msg=name)
+            assert moments == set(SHAPES)
 
 
 def test_only_kinds_with_a_mean_of_gradients_say_its_dtype() -> None:

@@ -1,6 +1,7 @@
 """Overrides that are said of one kind: taken where it is chosen, without a word where it is not."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ def complaint(*overrides: str) -> str:
 MOE = ["model.mlp.kind=moe", "model.mlp.moe.top_k=1"]
 
 
-@pytest.mark.parametrize("words", [MOE, MOE[::-1]], ids=["kind first", "kind last"])
-def test_it_is_taken_where_the_kind_is_chosen(words: list[str]) -> None:
-    assert loaded(*words).model.mlp == config.MixtureOfExperts(top_k=1)
+def test_it_is_taken_where_the_kind_is_chosen(subtests: pytest.Subtests) -> None:
+    for words in [MOE, MOE[::-1]]:
+        with subtests.test(words=words):
+            assert loaded(*words).model.mlp == config.MixtureOfExperts(top_k=1)
 
 
 def test_it_is_left_out_where_another_kind_is() -> None:
@@ -119,10 +121,8 @@ def test_no_setting_is_called_like_a_kind_beside_it() -> None:
     visit(config.Config)
 
 
-@pytest.mark.parametrize("chosen", [[], ["model.mlp.kind=moe"]])
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
+def test_what_no_kind_has_is_refused_whichever_is_chosen(subtests: pytest.Subtests) -> None:
+    cases = [
         ("model.mlp.gelu.top_k=1", "unknown setting `model.mlp.gelu.top_k`: it belongs to "
          "model.mlp.kind=moe (command line)"),
         ("model.mlp.moe.topk=1", "unknown setting `model.mlp.moe.topk`; did you mean "
@@ -132,12 +132,10 @@ def test_no_setting_is_called_like_a_kind_beside_it() -> None:
          "model.mlp.kind=moe; an override model.mlp.moe.SETTING=… changes what only that kind has"),
         ("model.mlp.moe.kind=gelu", "unknown setting `model.mlp.moe.kind`"),
         ("model={mlp: {moe: {topk: 1}}}", "unknown setting `model.mlp.moe.topk`"),
-    ],
-)  # fmt: skip
-def test_what_no_kind_has_is_refused_whichever_is_chosen(
-    chosen: list[str], override: str, said: str
-) -> None:
-    assert said in complaint(*chosen, override)
+    ]  # fmt: skip
+    for chosen, (override, said) in itertools.product([[], ["model.mlp.kind=moe"]], cases):
+        with subtests.test(chosen=chosen, override=override):
+            assert said in complaint(*chosen, override)
 
 
 def test_a_value_that_is_taken_is_checked() -> None:
@@ -167,27 +165,24 @@ def test_what_is_left_out_is_known() -> None:
 # The width of an MLP, said as a number or in widths of its block
 
 
-@pytest.mark.parametrize("kind", ["gelu", "moe"])
-@pytest.mark.parametrize(
-    ("words", "width", "hidden"),
-    [
+def test_the_mlp_is_as_wide_as_is_said(subtests: pytest.Subtests) -> None:
+    cases = [
         ([], 48, 192),
         (["model.mlp.expansion=2"], 48, 96),
         (["model.mlp.expansion=2.6666666666666665"], 100, 267),
         (["model.mlp.expansion=0.001"], 48, 1),
         (["model.mlp.hidden=70"], 48, 70),
-    ],
-)
-def test_the_mlp_is_as_wide_as_is_said(
-    kind: str, words: list[str], width: int, hidden: int
-) -> None:
-    assert loaded(f"model.mlp.kind={kind}", *words).model.mlp.hidden_in(width) == hidden
+    ]
+    for kind, (words, width, hidden) in itertools.product(["gelu", "moe"], cases):
+        with subtests.test(kind=kind, words=words, width=width, hidden=hidden):
+            assert loaded(f"model.mlp.kind={kind}", *words).model.mlp.hidden_in(width) == hidden
 
 
-@pytest.mark.parametrize("kind", ["gelu", "moe"])
-def test_the_mlps_width_is_said_once(kind: str) -> None:
-    said = complaint(f"model.mlp.kind={kind}", "model.mlp.expansion=2", "model.mlp.hidden=64")
-    assert said == (
-        "model.mlp.expansion=2 and model.mlp.hidden=64 both say how wide the MLP is: set one, and "
-        "the other to null (command line)"
-    )
+def test_the_mlps_width_is_said_once(subtests: pytest.Subtests) -> None:
+    for kind in ["gelu", "moe"]:
+        with subtests.test(kind=kind):
+            width = ["model.mlp.expansion=2", "model.mlp.hidden=64"]
+            assert complaint(f"model.mlp.kind={kind}", *width) == (
+                "model.mlp.expansion=2 and model.mlp.hidden=64 both say how wide the MLP is: set "
+                "one, and the other to null (command line)"
+            )

@@ -8,9 +8,8 @@ from mainrun.training import peaks
 TERA = 1e12
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "tera"),
-    [
+def test_name_of_a_card_tells_its_peak(subtests: pytest.Subtests):
+    cases = [
         ("NVIDIA H200", "bfloat16", 989.4),
         ("NVIDIA H200 NVL", "bfloat16", 835.5),
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
@@ -31,15 +30,14 @@ TERA = 1e12
         ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", 80.0),
         ("NVIDIA RTX A6000", "float32", 77.4),
         ("NVIDIA RTX 6000 Ada Generation", "bfloat16", 364.2),
-    ],
-)
-def test_name_of_a_card_tells_its_peak(name: str, precision: str, tera: float):
-    assert peaks.of_device(name, precision) == pytest.approx(tera * TERA)
+    ]
+    for name, precision, tera in cases:
+        with subtests.test(name=name, precision=precision, tera=tera):
+            assert peaks.of_device(name, precision) == pytest.approx(tera * TERA)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_a_card_that_only_sounds_like_one_has_no_known_peak(subtests: pytest.Subtests):
+    cases = [
         "cpu",
         "NVIDIA A100X",
         "NVIDIA A800-SXM4-80GB",
@@ -50,10 +48,10 @@ def test_name_of_a_card_tells_its_peak(name: str, precision: str, tera: float):
         "NVIDIA GeForce RTX 4080 SUPER",
         "NVIDIA GeForce RTX 3080 Ti",
         "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
-    ],
-)
-def test_a_card_that_only_sounds_like_one_has_no_known_peak(name: str):
-    assert peaks.of_device(name, "bfloat16") is None
+    ]
+    for name in cases:
+        with subtests.test(name=name):
+            assert peaks.of_device(name, "bfloat16") is None
 
 
 def test_a_precision_that_the_card_does_not_have_has_no_peak():

@@ -8,15 +8,18 @@ import pytest
 from mainrun.model import positions
 
 
-@pytest.mark.parametrize("width", [8, 7])
-def test_sinusoids_are_those_of_the_paper(width: int) -> None:
-    places = np.array([0, 1, 5, 300])
-    expected = np.zeros((4, width))
-    for row, place in enumerate(places):
-        for column in range(width):
-            angle = place / 10_000 ** (2 * (column // 2) / width)
-            expected[row, column] = np.cos(angle) if column % 2 else np.sin(angle)
-    np.testing.assert_allclose(positions.sinusoids(jnp.asarray(places), width), expected, atol=2e-5)
+def test_sinusoids_are_those_of_the_paper(subtests: pytest.Subtests) -> None:
+    for width in [8, 7]:
+        with subtests.test(width=width):
+            places = np.array([0, 1, 5, 300])
+            expected = np.zeros((4, width))
+            for row, place in enumerate(places):
+                for column in range(width):
+                    angle = place / 10_000 ** (2 * (column // 2) / width)
+                    expected[row, column] = np.cos(angle) if column % 2 else np.sin(angle)
+            np.testing.assert_allclose(
+                positions.sinusoids(jnp.asarray(places), width), expected, atol=2e-5
+            )
 
 
 def rotated(x: np.ndarray, places: np.ndarray, base: float) -> np.ndarray:

@@ -94,18 +94,23 @@ def taken(precision: str, state: TrainState) -> tuple[TrainState, Metrics]:
     return made(precision)[0](state, some_batch())
 
 
-@pytest.mark.parametrize("scale", [2.0**10, 2.0**15])
-def test_gradients_of_float16_and_their_noise_are_those_of_float32(scale: float) -> None:
-    ours, metrics = taken("float16", scaled(made("float16")[1], scale))
-    theirs, expected = taken("float32", made("float32")[1])
-    assert float(metrics.loss) == pytest.approx(float(expected.loss), abs=2e-3)
-    assert float(metrics.grad_norm) == pytest.approx(float(expected.grad_norm), rel=5e-3)
-    for mine, other in zip(ours.noise, theirs.noise, strict=True):
-        assert float(mine) == pytest.approx(float(other), rel=1e-2)
-    for name, array in gradient(theirs).items():
-        # 11 bits of mantissa, in a dozen products one after the other.
-        largest = np.abs(array).max()
-        np.testing.assert_allclose(gradient(ours)[name], array, atol=1e-2 * largest, err_msg=name)
+def test_gradients_of_float16_and_their_noise_are_those_of_float32(
+    subtests: pytest.Subtests,
+) -> None:
+    for scale in [2.0**10, 2.0**15]:
+        with subtests.test(scale=scale):
+            ours, metrics = taken("float16", scaled(made("float16")[1], scale))
+            theirs, expected = taken("float32", made("float32")[1])
+            assert float(metrics.loss) == pytest.approx(float(expected.loss), abs=2e-3)
+            assert float(metrics.grad_norm) == pytest.approx(float(expected.grad_norm), rel=5e-3)
+            for mine, other in zip(ours.noise, theirs.noise, strict=True):
+                assert float(mine) == pytest.approx(float(other), rel=1e-2)
+            for name, array in gradient(theirs).items():
+                # 11 bits of mantissa, in a dozen products one after the other.
+                largest = np.abs(array).max()
+                np.testing.assert_allclose(
+                    gradient(ours)[name], array, atol=1e-2 * largest, err_msg=name
+                )
 
 
 def test_weights_moments_and_average_stay_float32() -> None:
@@ -114,23 +119,26 @@ def test_weights_moments_and_average_stay_float32() -> None:
         assert {a.dtype for a in jax.tree.leaves(part)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("scale", [2.0**24, 2.0**36])
-def test_an_overflow_changes_no_bit_but_the_scale_and_the_count_of_steps(scale: float) -> None:
-    before = scaled(taken("float16", made("float16")[1])[0], scale)
-    before = before._replace(noise=Noise(jnp.float32(3.0), jnp.float32(2.0)))
-    after, metrics = taken("float16", before)
-    assert np.isfinite(metrics.loss)
-    assert int(metrics.outcome) == divergence.OVERFLOWED
-    overflows = before.loss_scale.overflows + 1
-    expected = before._replace(
-        step=before.step + 1,
-        loss_scale=LossScale(jnp.float32(scale / 2), jnp.int32(0), overflows, jnp.int32(0)),
-    )
-    assert jax.tree.structure(after) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert after.params.keys() == after.average.keys() == gradient(after).keys()
-    assert int(after.updates) == 1
+def test_an_overflow_changes_no_bit_but_the_scale_and_the_count_of_steps(
+    subtests: pytest.Subtests,
+) -> None:
+    for scale in [2.0**24, 2.0**36]:
+        with subtests.test(scale=scale):
+            before = scaled(taken("float16", made("float16")[1])[0], scale)
+            before = before._replace(noise=Noise(jnp.float32(3.0), jnp.float32(2.0)))
+            after, metrics = taken("float16", before)
+            assert np.isfinite(metrics.loss)
+            assert int(metrics.outcome) == divergence.OVERFLOWED
+            overflows = before.loss_scale.overflows + 1
+            expected = before._replace(
+                step=before.step + 1,
+                loss_scale=LossScale(jnp.float32(scale / 2), jnp.int32(0), overflows, jnp.int32(0)),
+            )
+            assert jax.tree.structure(after) == jax.tree.structure(expected)
+            for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert after.params.keys() == after.average.keys() == gradient(after).keys()
+            assert int(after.updates) == 1
 
 
 def test_the_scale_is_found_by_backing_off_and_training_goes_on() -> None:

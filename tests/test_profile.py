@@ -44,20 +44,22 @@ def run(state: TrainState, given: Any, count: Any) -> tuple[TrainState, Any]:
     return state, ()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chosen", [None, "1-2", "2-5", "3-3", "4-4", "6-9", "8-9", "20-21"])
-def test_as_many_steps_are_timed_wherever_the_traced_ones_lie(chosen: str | None, tmp_path: Path):
-    feed = Numbered()
-    alone = timing._OneAtATime(run, feed, state())
-    steps = 5
-    numbers = _range(chosen) if chosen else Chosen(steps).traced
-    splits, trace = timing._walked(alone, steps, numbers, tmp_path, lambda _: None)
-    assert len(splits) == steps
-    assert feed.numbers == list(range(1, len(feed.numbers) + 1))
-    assert trace is not None
-    assert [number for number, _ in trains(trace)] == list(numbers)
-    if chosen is None:
-        assert list(numbers) == [WARM_UP + 6, WARM_UP + 7, WARM_UP + 8]
+def test_as_many_steps_are_timed_wherever_the_traced_ones_lie(
+    tmp_path: Path, subtests: pytest.Subtests
+):
+    for chosen in [None, "1-2", "2-5", "3-3", "4-4", "6-9", "8-9", "20-21"]:
+        with subtests.test(chosen=chosen):
+            feed = Numbered()
+            alone = timing._OneAtATime(run, feed, state())
+            steps, folder = 5, tmp_path / str(chosen)
+            numbers = _range(chosen) if chosen else Chosen(steps).traced
+            splits, trace = timing._walked(alone, steps, numbers, folder, lambda _: None)
+            assert len(splits) == steps
+            assert feed.numbers == list(range(1, len(feed.numbers) + 1))
+            assert trace is not None
+            assert [number for number, _ in trains(trace)] == list(numbers)
+            if chosen is None:
+                assert list(numbers) == [WARM_UP + 6, WARM_UP + 7, WARM_UP + 8]
 
 
 def test_without_a_trace_steps_are_those_to_warm_up_and_those_that_are_timed(tmp_path: Path):
@@ -161,10 +163,10 @@ def test_each_value_of_a_setting_is_one_to_compare_and_all_combinations_of_sever
     ]
 
 
-@pytest.mark.parametrize("text", ["training.batch_size", "=8", "training.batch_size=", "a={b"])
-def test_what_is_no_setting_with_values_is_refused(text: str):
-    with pytest.raises(UserError, match="--compare"):
-        profile.variants([text])
+def test_what_is_no_setting_with_values_is_refused(subtests: pytest.Subtests):
+    for text in ["training.batch_size", "=8", "training.batch_size=", "a={b"]:
+        with subtests.test(text=text), pytest.raises(UserError, match="--compare"):
+            profile.variants([text])
 
 
 def test_rows_stand_under_one_peak_and_one_that_failed_says_why():
@@ -226,39 +228,38 @@ def test_command_compares_settings_and_goes_on_after_one_that_cannot_be(
     assert "2 of 2: training.batch_size=4" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
+def test_mistakes_are_told_in_one_line_before_any_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    subtests: pytest.Subtests,
+):
+    cases = [
         (["--output", "full"], "--output=full is not empty"),
         (["--output", "full/file"], "--output=full/file cannot be made"),
         (["--compare", "training.batch_sizes=8"], "training.batch_sizes"),
         (["--compare", "training.batch_size=8,0"], "training.batch_size"),
         (["--compare", "training.batch_size"], "write a setting and its values"),
         (["training.batch_size=x"], "training.batch_size"),
-    ],
-)
-def test_mistakes_are_told_in_one_line_before_any_work(
-    words: list[str],
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+    ]
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
     Path("full/file").touch()
-    assert main(["profile", *words]) == 2
-    shown = capsys.readouterr()
-    (line,) = shown.err.splitlines()
-    assert says in line
-    assert shown.out == ""
+    for words, says in cases:
+        with subtests.test(words=words):
+            assert main(["profile", *words]) == 2
+            shown = capsys.readouterr()
+            (line,) = shown.err.splitlines()
+            assert says in line
+            assert shown.out == ""
 
 
-@pytest.mark.parametrize("words", [["--trace", "5-3"], ["--steps", "0"], ["--trace", "0-2"]])
-def test_steps_that_are_none_are_refused(words: list[str]):
-    with pytest.raises(SystemExit) as refused:
-        main(["profile", *words])
-    assert refused.value.code == 2
+def test_steps_that_are_none_are_refused(subtests: pytest.Subtests):
+    for words in [["--trace", "5-3"], ["--steps", "0"], ["--trace", "0-2"]]:
+        with subtests.test(words=words):
+            with pytest.raises(SystemExit) as refused:
+                main(["profile", *words])
+            assert refused.value.code == 2
 
 
 def test_a_step_that_the_run_does_not_have_is_told(

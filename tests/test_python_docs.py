@@ -15,9 +15,8 @@ def cache_folder(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MAINRUN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.mark.parametrize(
-    ("docstring", "sentence"),
-    [
+def test_the_first_sentence_of_a_docstring(subtests: pytest.Subtests):
+    cases = [
         ("Return the sum of a and b.", "Return the sum of a and b."),
         ("Return the sum\n    of a and b", None),
         ("Return the sum of a and b", "Return the sum of a and b."),
@@ -32,10 +31,10 @@ def cache_folder(tmp_path_factory, monkeypatch):
         ("lower case words begin this.", None),
         ("Word " * 60 + "end.", None),
         ("", None),
-    ],
-)
-def test_the_first_sentence_of_a_docstring(docstring, sentence):
-    assert python_docs._first_sentence(docstring) == sentence
+    ]
+    for docstring, sentence in cases:
+        with subtests.test(docstring=docstring):
+            assert python_docs._first_sentence(docstring) == sentence
 
 
 @pytest.fixture(scope="module")

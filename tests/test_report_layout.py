@@ -227,21 +227,20 @@ def test_tiles_that_divide_the_stride_but_not_the_context_cannot_be(old):
     assert attention.block_size == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "pattern"),
-    [
+def test_every_pattern_is_translated(old, subtests: pytest.Subtests):
+    cases = [
         ("all", config.AllKeys()),
         ("local", config.LocalKeys(window_including_self=32)),
         ("strided", config.StridedKeys(stride=32)),
-    ],
-)
-def test_every_pattern_is_translated(old, kind: str, pattern: config.Pattern):
-    path = old(("attn_type: 'fixed'", f"attn_type: {kind}"))
-    attention = config.load(path).model.attention
-    assert isinstance(attention, config.SparseAttention)
-    assert attention.pattern == pattern
-    assert attention.block_size == (128 if kind == "all" else 1)
-    assert f"attn_configs.sparse.num_verts is left out: {kind} has none" in notes(path)
+    ]
+    for kind, pattern in cases:
+        with subtests.test(kind=kind, pattern=pattern):
+            path = old(("attn_type: 'fixed'", f"attn_type: {kind}"))
+            attention = config.load(path).model.attention
+            assert isinstance(attention, config.SparseAttention)
+            assert attention.pattern == pattern
+            assert attention.block_size == (128 if kind == "all" else 1)
+            assert f"attn_configs.sparse.num_verts is left out: {kind} has none" in notes(path)
 
 
 def test_causal_attention_of_intermediate_dim_0_is_as_wide_as_its_block(old):
@@ -259,17 +258,18 @@ def test_sparsek_has_no_window_beside_the_query_itself(old):
     assert "attn_configs.sparsek had no window: window_including_self is 1" in notes(path)
 
 
-@pytest.mark.parametrize("name", ["bottleneck_sizes", "hidden_layer_list"])
-def test_a_unet_has_the_listed_widths_and_no_skip_connections(old, name: str):
-    path = old(UNET, ("bottleneck_sizes", name))
-    assert config.load(path).model == config.UnetGpt(
-        d_model=512,
-        bottleneck_sizes=(512, 256, 256, 128, 128, 256),
-        skip_connections=False,
-        init="normal",
-    )
-    assert "model_configs.unet_gpt had no skip connections" in notes(path)
-    assert "n_layer and hidden_layer are left out" in notes(path)
+def test_a_unet_has_the_listed_widths_and_no_skip_connections(old, subtests: pytest.Subtests):
+    for name in ["bottleneck_sizes", "hidden_layer_list"]:
+        with subtests.test(name=name):
+            path = old(UNET, ("bottleneck_sizes", name))
+            assert config.load(path).model == config.UnetGpt(
+                d_model=512,
+                bottleneck_sizes=(512, 256, 256, 128, 128, 256),
+                skip_connections=False,
+                init="normal",
+            )
+            assert "model_configs.unet_gpt had no skip connections" in notes(path)
+            assert "n_layer and hidden_layer are left out" in notes(path)
 
 
 def test_sgd_without_a_schedule_in_float32(old):
@@ -290,14 +290,13 @@ ADAGRAD = config.Adagrad(initial_accumulator=0.0, eps=1e-10)
 RMSPROP = config.RmsProp(b2=0.99, eps=1e-8, momentum=0.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [("adam", ADAM), ("adagrad", ADAGRAD), ("RMSprop", RMSPROP), ("rmsprop", RMSPROP)],
-)
-def test_the_report_s_other_optimizers_are_pytorchs(old, name: str, rule: config.Optimizer):
-    loaded = config.load(old(('optimizer: "adamw"', f"optimizer: {name}")))
-    chosen = {"learning_rate": 0.02, "weight_decay": 0.5, "decay_on": "all"}
-    assert loaded.optimizer == dataclasses.replace(rule, **chosen)
+def test_the_report_s_other_optimizers_are_pytorchs(old, subtests: pytest.Subtests):
+    rules = {"adam": ADAM, "adagrad": ADAGRAD, "RMSprop": RMSPROP, "rmsprop": RMSPROP}
+    for name, rule in rules.items():
+        with subtests.test(name=name):
+            loaded = config.load(old(('optimizer: "adamw"', f"optimizer: {name}")))
+            chosen = {"learning_rate": 0.02, "weight_decay": 0.5, "decay_on": "all"}
+            assert loaded.optimizer == dataclasses.replace(rule, **chosen)
 
 
 def test_what_is_not_chosen_is_not_looked_at(old):
@@ -311,9 +310,8 @@ def test_missing_keys_have_the_defaults_and_are_named(old):
     assert "hyperparams: lr, batch_size missing: the defaults here are taken" in notes(path)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "said"),
-    [
+def test_what_cannot_be_had_is_refused_under_its_old_name_or_line(old, subtests: pytest.Subtests):
+    cases = [
         ('optimizer: "adamw"', "optimizer: adadelta",
          "old.yaml:17: hyperparams.optimizer='adadelta' cannot be had here: accepted are sgd, "
          "adamw, adam, adagrad, rmsprop"),
@@ -344,15 +342,13 @@ def test_missing_keys_have_the_defaults_and_are_named(old):
         ("attn_configs:", "training: {}\nattn_configs:", "training does not go with the report's"),
         ("d_model: 128", "d_model: 128\n    activation_function: gelu",
          "model_configs.gpt.activation_function is no key of the report's layout"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_had_is_refused_under_its_old_name_or_line(
-    old, before: str, after: str, said: str
-):
-    path = old((before, after))
-    told = refusal(path)
-    assert said in told
-    assert str(path) in told
+    ]  # fmt: skip
+    for before, after, said in cases:
+        with subtests.test(before=before, after=after):
+            path = old((before, after))
+            told = refusal(path)
+            assert said in told
+            assert str(path) in told
 
 
 def test_both_names_of_the_widths_are_one_too_many(old):
@@ -387,20 +383,19 @@ def test_a_file_of_ours_may_extend_an_old_one(old, tmp_path: Path):
     assert config.notes(child)
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
+def test_an_override_under_an_old_name_is_told_the_new_one(subtests: pytest.Subtests):
+    cases = [
         ("hyperparams.lr=1", "hyperparams.lr is a name of the report's layout: write "
          "optimizer.learning_rate"),
         ("--model_configs.gpt.n_layer=1", "write model.num_layers"),
         ("attn_configs.sparse.n_bctx=4", "leave it out: it is context_length / sparseblocksize"),
         ("hyperparams.foo=4", "leave it out: it is no key there"),
-    ],
-)  # fmt: skip
-def test_an_override_under_an_old_name_is_told_the_new_one(override: str, said: str):
-    with pytest.raises(UserError, match="report's layout") as caught:
-        config.load(None, [override])
-    assert said in str(caught.value)
+    ]  # fmt: skip
+    for override, said in cases:
+        with subtests.test(override=override):
+            with pytest.raises(UserError, match="report's layout") as caught:
+                config.load(None, [override])
+            assert said in str(caught.value)
 
 
 def test_every_new_name_is_a_setting():
@@ -490,25 +485,25 @@ def test_a_sweep_that_names_its_config_keeps_it(tmp_path: Path):
     assert "names another" not in "".join(space.notes)
 
 
-@pytest.mark.parametrize(
-    ("parameter", "expected"),
-    [
+def test_values_are_translated_with_their_names(tmp_path: Path, subtests: pytest.Subtests):
+    cases = [
         ("hyperparams.scheduler: {value: none}", Fixed({"kind": "none"})),
         ("hyperparams.amp_bool: {values: [true, false]}", Choices(("bfloat16", "float32"))),
         ("attn_configs.causal.intermediate_dim: {values: [0, 64]}", Choices((None, 64))),
         ("hyperparams: {parameters: {epochs: {values: [1, 2]}}}", Choices((1, 2))),
-    ],
-)  # fmt: skip
-def test_values_are_translated_with_their_names(tmp_path: Path, parameter: str, expected: object):
-    text = f"method: grid\nparameters:\n  {parameter}\n"
-    space = sweep_file.read(write(tmp_path / "sweep.yaml", text))
-    assert list(space.parameters.values()) == [expected]
-    search_space.check(space)
+    ]  # fmt: skip
+    for parameter, expected in cases:
+        with subtests.test(parameter=parameter):
+            text = f"method: grid\nparameters:\n  {parameter}\n"
+            space = sweep_file.read(write(tmp_path / "sweep.yaml", text))
+            assert list(space.parameters.values()) == [expected]
+            search_space.check(space)
 
 
-@pytest.mark.parametrize(
-    ("parameter", "said"),
-    [
+def test_a_parameter_that_cannot_be_had_is_refused_with_its_line(
+    tmp_path: Path, subtests: pytest.Subtests
+):
+    cases = [
         ("hyperparams.optimizer: {values: [adadelta, nadam]}",
          "sweep.yaml:3: hyperparams.optimizer='adadelta' cannot be had here: accepted are sgd, "
          "adamw, adam, adagrad, rmsprop"),
@@ -518,15 +513,13 @@ def test_values_are_translated_with_their_names(tmp_path: Path, parameter: str, 
          "4: `optimizer.learning_rate` is given twice"),
         ("attn_configs.sparse.num_verts: {values: [3]}",
          "3: model.attention.num_heads=8 is not divisible by model.attention.pattern.num_verts=3"),
-    ],
-)  # fmt: skip
-def test_a_parameter_that_cannot_be_had_is_refused_with_its_line(
-    tmp_path: Path, parameter: str, said: str
-):
-    text = f"method: grid\nparameters:\n  {parameter}\n"
-    with pytest.raises(UserError) as caught:
-        search_space.check(sweep_file.read(write(tmp_path / "sweep.yaml", text)))
-    assert said in str(caught.value)
+    ]  # fmt: skip
+    for parameter, said in cases:
+        with subtests.test(parameter=parameter):
+            text = f"method: grid\nparameters:\n  {parameter}\n"
+            with pytest.raises(UserError) as caught:
+                search_space.check(sweep_file.read(write(tmp_path / "sweep.yaml", text)))
+            assert said in str(caught.value)
 
 
 def test_a_parameter_that_decides_nothing_is_left_out_with_a_note(tmp_path: Path):

@@ -127,10 +127,11 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("options", ENDINGS.values(), ids=ENDINGS)
-def test_a_run_is_reported_however_it_ended(tmp_path, real_pictures, options):
-    document = reported(make_run(tmp_path / "run", **options))
-    assert document.title.startswith("run: ")
+def test_a_run_is_reported_however_it_ended(tmp_path, real_pictures, subtests: pytest.Subtests):
+    for name, options in ENDINGS.items():
+        with subtests.test(name):
+            document = reported(make_run(tmp_path / name / "run", **options))
+            assert document.title.startswith("run: ")
 
 
 def test_reason_and_way_to_go_on_are_told_of_a_failed_run(tmp_path):

@@ -38,19 +38,23 @@ def by_hand(first, second) -> tuple[float, float, float]:
     return t, df, 2 * upper_tail(abs(t), df)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), (3, 5), (10, 4)])
-def test_welch_is_what_the_papers_say(sizes):
-    draw = random.Random(str(sizes))
-    first = [1.3 + draw.gauss(0, 0.01) for _ in range(sizes[0])]
-    second = [1.32 + draw.gauss(0, 0.05) for _ in range(sizes[1])]
-    found = welch(first, second)
-    assert found is not None
-    t, df, p = by_hand(first, second)
-    assert found.t == pytest.approx(t, rel=1e-9)
-    assert found.degrees_of_freedom == pytest.approx(df, rel=1e-9)
-    # At few degrees of freedom the density falls slowly at the end of the range: Simpson's error.
-    assert found.p == pytest.approx(p, rel=1e-4)
-    assert found.difference == pytest.approx(sum(second) / len(second) - sum(first) / len(first))
+def test_welch_is_what_the_papers_say(subtests: pytest.Subtests):
+    for sizes in [(2, 2), (3, 5), (10, 4)]:
+        with subtests.test(sizes=sizes):
+            draw = random.Random(str(sizes))
+            first = [1.3 + draw.gauss(0, 0.01) for _ in range(sizes[0])]
+            second = [1.32 + draw.gauss(0, 0.05) for _ in range(sizes[1])]
+            found = welch(first, second)
+            assert found is not None
+            t, df, p = by_hand(first, second)
+            assert found.t == pytest.approx(t, rel=1e-9)
+            assert found.degrees_of_freedom == pytest.approx(df, rel=1e-9)
+            # At few degrees of freedom the density falls slowly at the end of the range: this is
+            # Simpson's error.
+            assert found.p == pytest.approx(p, rel=1e-4)
+            assert found.difference == pytest.approx(
+                sum(second) / len(second) - sum(first) / len(first)
+            )
 
 
 def test_the_interval_ends_where_the_test_would_turn():

@@ -71,19 +71,23 @@ def test_the_setting_that_matters_is_the_most_important(tmp_path):
     assert "few" not in caveat(sweep)
 
 
-@pytest.mark.parametrize("goal", ["minimize", "maximize"])
-def test_importance_looks_at_the_good_end_of_the_metric(tmp_path, goal):
+def test_importance_looks_at_the_good_end_of_the_metric(tmp_path, subtests: pytest.Subtests):
     """What only tells bad trials from worse ones counts for little."""
-    draw, listed = random.Random(1), []
-    for _ in range(120):
-        dropout, rate = draw.uniform(0, 0.3), 10 ** draw.uniform(-4, -1)
-        loss = -dropout if dropout > 0.25 else 2 + math.log10(rate) ** 2
-        values = {"model.dropout": dropout, "optimizer.learning_rate": rate}
-        listed.append({"values": values, "value": loss if goal == "minimize" else -loss})
-    parameters = {"model.dropout": {"min": 0.0, "max": 0.3}, "optimizer.learning_rate": RATE}
-    metric = {"name": "val/loss", "goal": goal}
-    sweep = trials.read(make_sweep(tmp_path / "sweep", parameters, listed, metric=metric))
-    assert importances(sweep)["model.dropout"] > 0.8
+    for goal in ["minimize", "maximize"]:
+        with subtests.test(goal=goal):
+            draw, listed = random.Random(1), []
+            for _ in range(120):
+                dropout, rate = draw.uniform(0, 0.3), 10 ** draw.uniform(-4, -1)
+                loss = -dropout if dropout > 0.25 else 2 + math.log10(rate) ** 2
+                values = {"model.dropout": dropout, "optimizer.learning_rate": rate}
+                listed.append({"values": values, "value": loss if goal == "minimize" else -loss})
+            parameters = {
+                "model.dropout": {"min": 0.0, "max": 0.3},
+                "optimizer.learning_rate": RATE,
+            }
+            metric = {"name": "val/loss", "goal": goal}
+            sweep = trials.read(make_sweep(tmp_path / goal, parameters, listed, metric=metric))
+            assert importances(sweep)["model.dropout"] > 0.8
 
 
 def test_few_trials_have_a_caveat_and_very_few_no_importance(tmp_path):
@@ -92,18 +96,19 @@ def test_few_trials_have_a_caveat_and_very_few_no_importance(tmp_path):
     assert "too few to tell" in markdown(reported(tmp_path / "few"), "r")
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 8, 300])
-def test_a_sweep_of_any_size_is_reported(tmp_path, count):
-    document = reported(many(tmp_path / "sweep", count))
-    assert ("best_so_far" in drawn(document)) == (count > 0)
-    assert ("parallel_coordinates" in drawn(document)) == (count > 1)
-    assert ("importance" in drawn(document)) == (count >= 8)
-    shown = markdown(document, "r")
-    assert len(shown.encode()) < 2**20
-    if count == 0:
-        assert "No trial has come to its end" in shown
-    else:
-        assert len(rows_of(document, "trial")) == min(count, 15)
+def test_a_sweep_of_any_size_is_reported(tmp_path, subtests: pytest.Subtests):
+    for count in [0, 1, 2, 8, 300]:
+        with subtests.test(count=count):
+            document = reported(many(tmp_path / f"sweep-{count}", count))
+            assert ("best_so_far" in drawn(document)) == (count > 0)
+            assert ("parallel_coordinates" in drawn(document)) == (count > 1)
+            assert ("importance" in drawn(document)) == (count >= 8)
+            shown = markdown(document, "r")
+            assert len(shown.encode()) < 2**20
+            if count == 0:
+                assert "No trial has come to its end" in shown
+            else:
+                assert len(rows_of(document, "trial")) == min(count, 15)
 
 
 def test_the_best_trial_is_the_first_of_the_table(tmp_path):
@@ -150,20 +155,24 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
-def test_values_of_any_kind_are_reported_one_by_one(tmp_path, real_pictures, values):
-    listed = [
-        {"values": {"model.mlp.hidden": value}, "value": 1.0 + place + repeat / 10}
-        for place, value in enumerate(values)
-        for repeat in range(3)
-    ]
-    folder = make_sweep(tmp_path / "sweep", {"model.mlp.hidden": {"values": values}}, listed)
-    sweep = trials.read(folder)
-    (parameter,) = sweep.parameters
-    assert len(parameter.levels) == len(values)
-    places = [parameter.place(trial.values["model.mlp.hidden"]) for trial in sweep.trials]
-    assert len(set(places)) == len(values)
-    assert reported(folder)
+def test_values_of_any_kind_are_reported_one_by_one(
+    tmp_path, real_pictures, subtests: pytest.Subtests
+):
+    for name, values in VALUES.items():
+        with subtests.test(name):
+            listed = [
+                {"values": {"model.mlp.hidden": value}, "value": 1.0 + place + repeat / 10}
+                for place, value in enumerate(values)
+                for repeat in range(3)
+            ]
+            parameters = {"model.mlp.hidden": {"values": values}}
+            folder = make_sweep(tmp_path / name / "sweep", parameters, listed)
+            sweep = trials.read(folder)
+            (parameter,) = sweep.parameters
+            assert len(parameter.levels) == len(values)
+            places = [parameter.place(trial.values["model.mlp.hidden"]) for trial in sweep.trials]
+            assert len(set(places)) == len(values)
+            assert reported(folder)
 
 
 def test_numbers_are_on_a_scale_and_all_else_in_columns(tmp_path):
@@ -236,18 +245,18 @@ def with_runs(folder: Path, setting: str, values: list) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("setting", CHOICES)
-def test_a_choice_that_is_varied_has_its_panel_and_memory(tmp_path, setting):
-    folder = with_runs(tmp_path / "sweep", setting, CHOICES[setting])
-    sweep = trials.read(folder)
-    (panel,) = ablation.panels(sweep)
-    assert (panel.name, set(panel.levels)) == PANELS[setting]
-    assert sum(map(len, panel.levels.values())) == 2 * len(CHOICES[setting])
-    document = reported(folder)
-    assert {"ablation_memory", f"ablation_{panel.name.lower().replace(' ', '_')}"} <= drawn(
-        document
-    )
-    assert len(rows_of(document, "choice")) == len(panel.levels)
+def test_a_choice_that_is_varied_has_its_panel_and_memory(tmp_path, subtests: pytest.Subtests):
+    for setting in CHOICES:
+        with subtests.test(setting=setting):
+            folder = with_runs(tmp_path / setting, setting, CHOICES[setting])
+            sweep = trials.read(folder)
+            (panel,) = ablation.panels(sweep)
+            assert (panel.name, set(panel.levels)) == PANELS[setting]
+            assert sum(map(len, panel.levels.values())) == 2 * len(CHOICES[setting])
+            document = reported(folder)
+            pictures = {"ablation_memory", f"ablation_{panel.name.lower().replace(' ', '_')}"}
+            assert pictures <= drawn(document)
+            assert len(rows_of(document, "choice")) == len(panel.levels)
 
 
 def test_a_choice_inside_a_mapping_that_is_varied_has_its_panel(tmp_path):

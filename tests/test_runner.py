@@ -31,13 +31,16 @@ DISPATCH = {
 Hook = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_clean_and_can_be_run(script: Path):
-    shellcheck = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([shellcheck, "--severity=style", script], capture_output=True, text=True)
-    assert done.stdout == ""
-    assert os.access(script, os.X_OK)
-    assert script.suffix == ".sh", "GitHub's runner refuses a hook with another ending"
+def test_scripts_are_clean_and_can_be_run(subtests: pytest.Subtests):
+    for script in SCRIPTS:
+        with subtests.test(script=script):
+            shellcheck = Path(sys.executable).with_name("shellcheck")
+            done = subprocess.run(
+                [shellcheck, "--severity=style", script], capture_output=True, text=True
+            )
+            assert done.stdout == ""
+            assert os.access(script, os.X_OK)
+            assert script.suffix == ".sh", "GitHub's runner refuses a hook with another ending"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -81,9 +84,10 @@ def test_what_the_owner_starts_may_run_and_strays_are_stopped_first(
     assert calls(tmp_path) == ["mainrun launch --reap"]
 
 
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
+def test_what_others_can_start_is_refused_in_plain_words(
+    hook: Hook, tmp_path: Path, subtests: pytest.Subtests
+):
+    cases = [
         ({"GITHUB_EVENT_NAME": "pull_request"}, "its event is pull_request"),
         ({"GITHUB_EVENT_NAME": "pull_request_target"}, "its event is pull_request_target"),
         ({"GITHUB_EVENT_NAME": "pull_request_review"}, "only workflow_dispatch"),
@@ -95,16 +99,14 @@ def test_what_the_owner_starts_may_run_and_strays_are_stopped_first(
         ({"GITHUB_REPOSITORY": "ada/mainrun-fork"}, "serves ada/mainrun only"),
         ({"GITHUB_EVENT_NAME": "push", "GITHUB_REF": "refs/heads/x"}, "only main is built here"),
         ({"GITHUB_REF": "refs/pull/7/merge"}, "is a pull request"),
-    ],
-)
-def test_what_others_can_start_is_refused_in_plain_words(
-    hook: Hook, tmp_path: Path, changed: dict[str, str], says: str
-):
-    done = hook("started.sh", {**DISPATCH, **changed})
-    assert done.returncode == 1
-    assert says in done.stdout
-    assert "mainrun refuses this job" in done.stdout
-    assert calls(tmp_path) == []
+    ]
+    for changed, says in cases:
+        with subtests.test(changed=changed):
+            done = hook("started.sh", {**DISPATCH, **changed})
+            assert done.returncode == 1
+            assert says in done.stdout
+            assert "mainrun refuses this job" in done.stdout
+            assert calls(tmp_path) == []
 
 
 def test_a_machine_that_serves_no_repository_refuses_all(hook: Hook, tmp_path: Path):
@@ -128,10 +130,13 @@ def test_the_container_of_the_job_is_stopped_at_its_end(hook: Hook, tmp_path: Pa
     assert calls(tmp_path) == ["mainrun launch --stop 1234567-2"]
 
 
-@pytest.mark.parametrize("run_id", ["", "1 --reap", "1;id", "../1"])
-def test_a_label_that_is_none_is_never_passed_on(hook: Hook, tmp_path: Path, run_id: str):
-    assert hook("completed.sh", {**DISPATCH, "GITHUB_RUN_ID": run_id}).returncode == 0
-    assert calls(tmp_path) == []
+def test_a_label_that_is_none_is_never_passed_on(
+    hook: Hook, tmp_path: Path, subtests: pytest.Subtests
+):
+    for run_id in ["", "1 --reap", "1;id", "../1"]:
+        with subtests.test(run_id=run_id):
+            assert hook("completed.sh", {**DISPATCH, "GITHUB_RUN_ID": run_id}).returncode == 0
+            assert calls(tmp_path) == []
 
 
 def test_files_of_another_user_are_taken_back_from_the_workspace_only(hook: Hook, tmp_path: Path):
@@ -155,27 +160,31 @@ def test_files_of_another_user_are_taken_back_from_the_workspace_only(hook: Hook
 # Set-up
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
+def refusal(*arguments: str) -> str:
+    """What the set-up says on refusing them, having changed nothing."""
+    done = subprocess.run([SETUP, "--check", *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    return done.stderr
+
+
+def test_setup_refuses_what_it_cannot_use_before_it_changes_anything(subtests: pytest.Subtests):
+    cases = [
         (["--url", "https://github.com/an-organisation"], "name one repository"),
         (["--url", "http://github.com/o/n"], "name one repository"),
         (["--url", "https://github.com/o/n;id"], "name one repository"),
         (["--url"], "--url wants a value"),
         (["--runner-archive", "/nowhere.tar.gz"], "/nowhere.tar.gz is not there"),
         (["--runner-archive", __file__], "wants --runner-sha256"),
-        (["--runner-archive", __file__, "--runner-sha256", "0" * 64], "do not use it"),
         (["--force"], "--force is no option"),
-    ],
-)
-def test_setup_refuses_what_it_cannot_use_before_it_changes_anything(
-    arguments: list[str], says: str
-):
-    if says == "do not use it" and shutil.which("apt-get") is None:
-        pytest.skip("this is neither Debian nor Ubuntu")
-    done = subprocess.run([SETUP, "--check", *arguments], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert says in done.stderr
+    ]
+    for arguments, says in cases:
+        with subtests.test(arguments=arguments):
+            assert says in refusal(*arguments)
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="this is neither Debian nor Ubuntu")
+def test_setup_refuses_an_archive_of_another_sum():
+    assert "do not use it" in refusal("--runner-archive", __file__, "--runner-sha256", "0" * 64)
 
 
 PROGRAM = {

@@ -38,19 +38,22 @@ def made(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("heads", ["tie_embeddings=true", "tie_embeddings=false"])
-def test_parameters_outside_embeddings_are_those_of_the_closed_form(heads: str):
+def test_parameters_outside_embeddings_are_those_of_the_closed_form(subtests: pytest.Subtests):
     """12·L·d² weights as Kaplan et al. count, and 13·L·d + 2·d of biases and norms besides."""
-    width, layers, vocab, context = 24, 3, 300, 16
-    overrides = [f"model.d_model={width}", f"model.num_layers={layers}",
-                 "model.attention.num_heads=2", f"model.{heads}"]  # fmt: skip
-    settings = config.load(None, overrides).model
-    every, outside = scaling_runs._sizes(settings, context, vocab)
-    assert outside == 12 * layers * width**2 + 13 * layers * width + 2 * width
-    tables = vocab * (1 if settings.tie_embeddings else 2) + context
-    assert every == outside + tables * width
-    network = Network(settings, vocab_size=vocab, context_length=context, precision="float32")
-    assert every == sum(leaf.size for leaf in network.init(jax.random.key(0)).values())
+    for heads in ["tie_embeddings=true", "tie_embeddings=false"]:
+        with subtests.test(heads=heads):
+            width, layers, vocab, context = 24, 3, 300, 16
+            overrides = [f"model.d_model={width}", f"model.num_layers={layers}",
+                         "model.attention.num_heads=2", f"model.{heads}"]  # fmt: skip
+            settings = config.load(None, overrides).model
+            every, outside = scaling_runs._sizes(settings, context, vocab)
+            assert outside == 12 * layers * width**2 + 13 * layers * width + 2 * width
+            tables = vocab * (1 if settings.tie_embeddings else 2) + context
+            assert every == outside + tables * width
+            network = Network(
+                settings, vocab_size=vocab, context_length=context, precision="float32"
+            )
+            assert every == sum(leaf.size for leaf in network.init(jax.random.key(0)).values())
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ Schedules are read as a training step reads them: compiled, at a count that is a
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,12 +94,13 @@ def named(settings: config.Schedule) -> str:
     return "-".join(map(str, values))
 
 
-@pytest.mark.parametrize("settings", CASES, ids=named)
-def test_every_rate_is_that_of_the_closed_form(settings: config.Schedule) -> None:
-    # float32 with some ten operations; at the end of a cosine what is left is its rounding.
-    np.testing.assert_allclose(
-        rates(settings), closed_form(settings, TOTAL), rtol=1e-5, atol=1e-6 * PEAK
-    )
+def test_every_rate_is_that_of_the_closed_form(subtests: pytest.Subtests) -> None:
+    for settings in CASES:
+        with subtests.test(named(settings)):
+            # float32 with some ten operations; at the end of a cosine what is left is its rounding.
+            np.testing.assert_allclose(
+                rates(settings), closed_form(settings, TOTAL), rtol=1e-5, atol=1e-6 * PEAK
+            )
 
 
 def test_every_kind_has_a_closed_form_here() -> None:
@@ -131,24 +131,25 @@ DURATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "name"), DURATIONS, ids=lambda x: getattr(x, "__name__", x))
-def test_a_duration_is_the_same_in_every_unit(kind: Any, name: str) -> None:
-    number = 30
-    given = {
-        "steps": number,
-        "epochs": number / PER_EPOCH,
-        "tokens": number * TOKENS,
-        "fraction": number / TOTAL,
-    }
-    others = {n: steps(10) for k, n in DURATIONS if k is kind and n != name}
-    found = [
-        rates(kind(**others, **{name: config.Duration(**{unit: amount})}))
-        for unit, amount in given.items()
-    ]
-    for one in found[1:]:
-        np.testing.assert_array_equal(one, found[0])
-    other = rates(kind(**others, **{name: steps(number - 5)}))
-    assert (other != found[0]).any(), "the duration has a say"
+def test_a_duration_is_the_same_in_every_unit(subtests: pytest.Subtests) -> None:
+    for kind, name in DURATIONS:
+        with subtests.test(kind=kind.kind, name=name):
+            number = 30
+            given = {
+                "steps": number,
+                "epochs": number / PER_EPOCH,
+                "tokens": number * TOKENS,
+                "fraction": number / TOTAL,
+            }
+            others = {n: steps(10) for k, n in DURATIONS if k is kind and n != name}
+            found = [
+                rates(kind(**others, **{name: config.Duration(**{unit: amount})}))
+                for unit, amount in given.items()
+            ]
+            for one in found[1:]:
+                np.testing.assert_array_equal(one, found[0])
+            other = rates(kind(**others, **{name: steps(number - 5)}))
+            assert (other != found[0]).any(), "the duration has a say"
 
 
 def test_every_kind_but_none_has_a_warm_up() -> None:
@@ -157,23 +158,29 @@ def test_every_kind_but_none_has_a_warm_up() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
-def test_rates_are_in_proportion_to_the_peak_and_none_is_wasted(kind: Any) -> None:
-    found = rates(kind())
-    np.testing.assert_allclose(rates(kind(), peak=PEAK / 4), found / 4, rtol=1e-6)
-    assert (found[:TOTAL] > 0).all()
-    assert found.max() == pytest.approx(PEAK)
+def test_rates_are_in_proportion_to_the_peak_and_none_is_wasted(subtests: pytest.Subtests) -> None:
+    for kind in KINDS:
+        with subtests.test(kind=kind.kind):
+            found = rates(kind())
+            np.testing.assert_allclose(rates(kind(), peak=PEAK / 4), found / 4, rtol=1e-6)
+            assert (found[:TOTAL] > 0).all()
+            assert found.max() == pytest.approx(PEAK)
 
 
-@pytest.mark.parametrize("kind", [k for k, name in DURATIONS if name == "warmup"])
-def test_a_warm_up_longer_than_the_run_is_an_error(kind: Any) -> None:
-    others = {"decay": steps(0)} if kind is config.WarmupStableDecay else {}
-    for duration in (steps(121), config.Duration(epochs=3.1), config.Duration(tokens=200 * TOKENS)):
-        with pytest.raises(
-            UserError, match=r"schedule\.warmup is \d+ steps, the whole run only 120$"
-        ):
-            rates(kind(warmup=duration, **others))
-    assert len(rates(kind(warmup=steps(TOTAL), **others))) == TOTAL + 1
+def test_a_warm_up_longer_than_the_run_is_an_error(subtests: pytest.Subtests) -> None:
+    for kind in [k for k, name in DURATIONS if name == "warmup"]:
+        with subtests.test(kind=kind.kind):
+            others = {"decay": steps(0)} if kind is config.WarmupStableDecay else {}
+            for duration in (
+                steps(121),
+                config.Duration(epochs=3.1),
+                config.Duration(tokens=200 * TOKENS),
+            ):
+                with pytest.raises(
+                    UserError, match=r"schedule\.warmup is \d+ steps, the whole run only 120$"
+                ):
+                    rates(kind(warmup=duration, **others))
+            assert len(rates(kind(warmup=steps(TOTAL), **others))) == TOTAL + 1
 
 
 def test_a_decay_that_begins_before_warm_up_ends_is_an_error() -> None:

@@ -16,17 +16,16 @@ def executable(function, *shapes: tuple[int, ...]) -> jax.stages.Compiled:
     )
 
 
-@pytest.mark.parametrize(
-    ("left", "right", "expected"),
-    [
+def test_a_product_packs_its_operands(subtests: pytest.Subtests):
+    cases = [
         ((1000, 300), (300, 700), 4 * 300 * (1000 + 700)),
         ((1000, 900), (900, 700), 4 * 512 * (1000 + 700)),  # in two slices
         ((1000, 300), (300, 9000), 4 * 300 * 1000),  # the other, block by block
         ((3, 4, 200, 64), (3, 4, 64, 500), 3 * 4 * 4 * 64 * (200 + 500)),  # a batch side by side
-    ],
-)
-def test_a_product_packs_its_operands(left, right, expected):
-    assert scratch.packed_bytes(executable(jnp.matmul, left, right).as_text()) == expected
+    ]
+    for left, right, expected in cases:
+        with subtests.test(left=left, right=right):
+            assert scratch.packed_bytes(executable(jnp.matmul, left, right).as_text()) == expected
 
 
 def test_the_two_largest_products_run_at_once():

@@ -41,9 +41,8 @@ def complaint(tmp_path: Path, parameters: str, head: str = "method: random") -> 
 # W&B's format
 
 
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
+def test_every_distribution_of_wandb_is_read(tmp_path: Path, subtests: pytest.Subtests):
+    cases = [
         ("{value: 1e-3}", Fixed(0.001)),
         ("{distribution: constant, value: null}", Fixed(None)),
         ("{values: [1e-3, 6E-3]}", Choices((0.001, 0.006))),
@@ -67,14 +66,12 @@ def complaint(tmp_path: Path, parameters: str, head: str = "method: random") -> 
             Interval(1e-4, 1.0, log=True),
         ),
         ("{distribution: q_log_uniform, min: 0, max: 3, q: 4}", Multiples(4, 1, 5, log=True)),
-    ],
-)
-def test_every_distribution_of_wandb_is_read(
-    tmp_path: Path, written: str, expected: search_space.Distribution
-):
-    found = space(tmp_path, f"seed: {written}").parameters["seed"]
-    assert found == expected
-    assert type(getattr(found, "quantum", None)) is type(getattr(expected, "quantum", None))
+    ]
+    for written, expected in cases:
+        with subtests.test(written=written):
+            found = space(tmp_path, f"seed: {written}").parameters["seed"]
+            assert found == expected
+            assert type(getattr(found, "quantum", None)) is type(getattr(expected, "quantum", None))
 
 
 def test_nested_parameters_are_dotted_paths(tmp_path: Path):
@@ -155,9 +152,10 @@ def test_a_grid_over_endlessly_many_values_is_refused(tmp_path: Path):
 # What no trial could use
 
 
-@pytest.mark.parametrize(
-    ("parameters", "said"),
-    [
+def test_a_parameter_that_cannot_be_is_refused_with_its_line(
+    tmp_path: Path, subtests: pytest.Subtests
+):
+    cases = [
         ("optimizer.lr: {value: 1}", "sweep.yaml:3: unknown setting `optimizer.lr`"),
         ("learning_rate: {value: 1}", "did you mean `optimizer.learning_rate`?"),
         ("model.dropout: {values: [0.1, 1.5]}", "3: model.dropout=1.5: must be less than 1"),
@@ -198,17 +196,16 @@ def test_a_grid_over_endlessly_many_values_is_refused(tmp_path: Path):
             "model.dropout: {value: 0}\nmodel: {parameters: {dropout: {value: 0}}}",
             "4: `model.dropout` is given twice",
         ),
-    ],
-)
-def test_a_parameter_that_cannot_be_is_refused_with_its_line(
-    tmp_path: Path, parameters: str, said: str
+    ]
+    for parameters, said in cases:
+        with subtests.test(parameters=parameters):
+            assert said in complaint(tmp_path, parameters)
+
+
+def test_a_file_that_is_no_sweep_is_refused_with_the_line(
+    tmp_path: Path, subtests: pytest.Subtests
 ):
-    assert said in complaint(tmp_path, parameters)
-
-
-@pytest.mark.parametrize(
-    ("head", "said"),
-    [
+    cases = [
         ("method: grit", "sweep.yaml:1: method='grit': accepted are grid, random, bayes"),
         ("metric: {}", "method=None"),
         ("method: random\nmetrics: {}", "2: unknown key `metrics`; did you mean `metric`?"),
@@ -253,18 +250,19 @@ def test_a_parameter_that_cannot_be_is_refused_with_its_line(
             'method: random\ncommand: [mainrun, train, absent.yaml, "${args_no_hyphens}"]',
             "absent.yaml: cannot read the config file",
         ),
-    ],
-)
-def test_a_file_that_is_no_sweep_is_refused_with_the_line(tmp_path: Path, head: str, said: str):
-    assert said in complaint(tmp_path, "seed: {value: 1}", head)
+    ]
+    for head, said in cases:
+        with subtests.test(head=head):
+            assert said in complaint(tmp_path, "seed: {value: 1}", head)
 
 
-@pytest.mark.parametrize("content", ["method: random", "method: random\nparameters: {}"])
-def test_a_sweep_without_parameters_is_refused(tmp_path: Path, content: str):
-    path = tmp_path / "sweep.yaml"
-    path.write_text(content)
-    with pytest.raises(UserError, match="`parameters` must name at least one setting"):
-        sweep_file.read(path)
+def test_a_sweep_without_parameters_is_refused(tmp_path: Path, subtests: pytest.Subtests):
+    for content in ["method: random", "method: random\nparameters: {}"]:
+        with subtests.test(content=content):
+            path = tmp_path / "sweep.yaml"
+            path.write_text(content)
+            with pytest.raises(UserError, match="`parameters` must name at least one setting"):
+                sweep_file.read(path)
 
 
 def test_a_value_that_fits_only_together_with_another_is_no_mistake(tmp_path: Path):
@@ -297,9 +295,8 @@ def test_the_average_may_be_asked_for_where_every_trial_has_one(tmp_path: Path):
 KINDS = "model.mlp.kind: {values: [gelu, moe]}\n"
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
+def test_a_parameter_may_be_said_of_one_kind(tmp_path: Path, subtests: pytest.Subtests):
+    cases = [
         f"{KINDS}model.mlp.moe.top_k: {{values: [1, 2]}}",
         f"model.mlp.moe.top_k: {{values: [1, 2]}}\n{KINDS}",
         "model.mlp: {values: [{kind: gelu}, {kind: moe}]}\nmodel.mlp.moe.top_k: {value: 1}",
@@ -308,15 +305,14 @@ KINDS = "model.mlp.kind: {values: [gelu, moe]}\n"
         f"model.mlp.kind: {{values: [{'gelu, ' * 999}moe]}}\nmodel.mlp.moe.top_k: {{value: 1}}",
         "model.attention.kind: {values: [causal, sparse]}\n"
         "model.attention.sparse.pattern.fixed.stride: {values: [16, 32]}",
-    ],
-)
-def test_a_parameter_may_be_said_of_one_kind(tmp_path: Path, parameters: str):
-    search_space.check(space(tmp_path, parameters))
+    ]
+    for parameters in cases:
+        with subtests.test(parameters=parameters):
+            search_space.check(space(tmp_path, parameters))
 
 
-@pytest.mark.parametrize(
-    ("parameters", "said"),
-    [
+def test_a_parameter_of_a_kind_is_checked_where_it_holds(tmp_path: Path, subtests: pytest.Subtests):
+    cases = [
         (f"{KINDS}model.mlp.moe.top_k: {{values: [1, 9]}}", "4: model.mlp.top_k=9 is more than"),
         (f"{KINDS}model.mlp.gelu.top_k: {{value: 1}}", "4: unknown setting `model.mlp.gelu.top_k`"),
         (f"{KINDS}model.mlp.mo.top_k: {{value: 1}}", "4: unknown setting `model.mlp.mo`"),
@@ -328,12 +324,10 @@ def test_a_parameter_may_be_said_of_one_kind(tmp_path: Path, parameters: str):
             f"{KINDS}model.mlp.relu.hidden: {{value: 8}}",
             "4: `model.mlp.relu.hidden` changes nothing: no trial has model.mlp.kind=relu",
         ),
-    ],
-)
-def test_a_parameter_of_a_kind_is_checked_where_it_holds(
-    tmp_path: Path, parameters: str, said: str
-):
-    assert f"sweep.yaml:{said}" in complaint(tmp_path, parameters)
+    ]
+    for parameters, said in cases:
+        with subtests.test(parameters=parameters):
+            assert f"sweep.yaml:{said}" in complaint(tmp_path, parameters)
 
 
 def test_what_the_command_says_of_a_kind_must_hold_for_the_base(tmp_path: Path):
@@ -344,26 +338,27 @@ def test_what_the_command_says_of_a_kind_must_hold_for_the_base(tmp_path: Path):
     assert "make it a parameter" in said
 
 
-@pytest.mark.parametrize(
-    ("override", "clashes"),
-    [
+def test_an_override_may_not_say_what_a_parameter_of_a_kind_does(
+    tmp_path: Path, subtests: pytest.Subtests
+):
+    cases = [
         ("model.mlp.hidden=8", True),
         ("model.mlp.moe.hidden=8", True),
         ("model.mlp={kind: moe}", True),
         ("model.mlp.gelu.hidden=8", False),
         ("model.mlp.moe.top_k=1", False),
         ("model.mlp.kind=moe", False),
-    ],
-)
-def test_an_override_may_not_say_what_a_parameter_of_a_kind_does(
-    tmp_path: Path, override: str, clashes: bool
-):
-    found = space(tmp_path, "model.mlp.moe.hidden: {values: [8, 16]}")
-    if clashes:
-        with pytest.raises(UserError, match=r"`model.mlp.moe.hidden` is a parameter of the sweep"):
-            search_space.with_overrides(found, [override])
-    else:
-        search_space.with_overrides(found, [override])
+    ]
+    for override, clashes in cases:
+        with subtests.test(override=override, clashes=clashes):
+            found = space(tmp_path, "model.mlp.moe.hidden: {values: [8, 16]}")
+            if clashes:
+                with pytest.raises(
+                    UserError, match=r"`model.mlp.moe.hidden` is a parameter of the sweep"
+                ):
+                    search_space.with_overrides(found, [override])
+            else:
+                search_space.with_overrides(found, [override])
 
 
 def test_what_trials_start_from_keeps_auto(tmp_path: Path):
@@ -424,25 +419,27 @@ def loads(found: SearchSpace, values: dict) -> bool:
     return True
 
 
-@pytest.mark.parametrize("override", ["model.dropout=0", "--model.dropout=0", "model={dropout: 0}"])
-def test_an_override_of_what_is_searched_is_refused(tmp_path: Path, override: str):
-    found = space(tmp_path, "model.dropout: {values: [0.1]}")
-    with pytest.raises(UserError, match=r"`model.dropout` is a parameter of the sweep \(.*:3\)"):
-        search_space.with_overrides(found, [override])
-    kept = search_space.with_overrides(found, ["model.d_model=64"])
-    assert search_space.base_config(kept).model.d_model == 64
+def test_an_override_of_what_is_searched_is_refused(tmp_path: Path, subtests: pytest.Subtests):
+    for override in ["model.dropout=0", "--model.dropout=0", "model={dropout: 0}"]:
+        with subtests.test(override=override):
+            found = space(tmp_path, "model.dropout: {values: [0.1]}")
+            with pytest.raises(
+                UserError, match=r"`model.dropout` is a parameter of the sweep \(.*:3\)"
+            ):
+                search_space.with_overrides(found, [override])
+            kept = search_space.with_overrides(found, ["model.d_model=64"])
+            assert search_space.base_config(kept).model.d_model == 64
 
 
-@pytest.mark.parametrize(
-    "value",
-    [1, 1.0, 1e-06, 1e22, True, None, "adamw", "1e-3", "null", "", " ", "a: b", "[", [1, "x"],
-     {"steps": 10}],
-)  # fmt: skip
-def test_a_value_survives_the_command_line(value: object):
-    (word,) = as_overrides({"x": value})
-    read = yaml12.parse(word.partition("=")[2])
-    assert read == value
-    assert type(read) is type(value)
+def test_a_value_survives_the_command_line(subtests: pytest.Subtests):
+    cases = [1, 1.0, 1e-06, 1e22, True, None, "adamw", "1e-3", "null", "", " ", "a: b", "[",
+             [1, "x"], {"steps": 10}]  # fmt: skip
+    for value in cases:
+        with subtests.test(value=value):
+            (word,) = as_overrides({"x": value})
+            read = yaml12.parse(word.partition("=")[2])
+            assert read == value
+            assert type(read) is type(value)
 
 
 # -------------------------------------------------------------------------------------------

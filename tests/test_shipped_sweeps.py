@@ -7,7 +7,6 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,6 @@ from mainrun.training import optimizer, step
 
 ROOT = config.default_config_root()
 FILES = sorted((ROOT / "sweep").glob("*.yaml"))
-every_sweep = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 DRAWN = 300
 
@@ -57,45 +55,48 @@ def trials(space: SearchSpace, count: int) -> Iterator[dict[str, Any]]:
         yield {name: drawn(d, draw) for name, d in space.parameters.items()}
 
 
-@pytest.mark.slow
-@every_sweep
-def test_every_trial_is_a_config(path: Path) -> None:
-    space = sweep_file.read(path)
-    search_space.check(space)
-    assert space.run_cap or space.method == "grid", "a sweep that ends without --count"
-    assert space.config is not None
-    source, refused = config.read(space.config), set()
-    for values in trials(space, DRAWN):
-        try:
-            source.load([*space.overrides, *as_overrides(values)])
-        except UserError as error:
-            refused.add(str(error))
-    assert not refused
+def test_every_trial_is_a_config(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(path.stem):
+            space = sweep_file.read(path)
+            search_space.check(space)
+            assert space.run_cap or space.method == "grid", "a sweep that ends without --count"
+            assert space.config is not None
+            source, refused = config.read(space.config), set()
+            for values in trials(space, DRAWN):
+                try:
+                    source.load([*space.overrides, *as_overrides(values)])
+                except UserError as error:
+                    refused.add(str(error))
+            assert not refused
 
 
-@every_sweep
-def test_wandb_itself_reads_the_same_numbers(path: Path) -> None:
+def test_wandb_itself_reads_the_same_numbers(subtests: pytest.Subtests) -> None:
     """PyYAML takes 1e-3 for a word; `wandb sweep FILE` by hand must not."""
-    shipped = sweep_file.definition(sweep_file.read(path))["parameters"]
-    for name, spec in yaml.safe_load(path.read_text())["parameters"].items():
-        told = {key: value for key, value in spec.items() if key in shipped[name]}
-        assert json.dumps(told, sort_keys=True) == json.dumps(
-            {key: shipped[name][key] for key in told}, sort_keys=True
-        )
+    for path in FILES:
+        with subtests.test(path.stem):
+            shipped = sweep_file.definition(sweep_file.read(path))["parameters"]
+            for name, spec in yaml.safe_load(path.read_text())["parameters"].items():
+                told = {key: value for key, value in spec.items() if key in shipped[name]}
+                assert json.dumps(told, sort_keys=True) == json.dumps(
+                    {key: shipped[name][key] for key in told}, sort_keys=True
+                )
 
 
-@every_sweep
-def test_wandb_takes_the_names(path: Path) -> None:
+def test_wandb_takes_the_names(subtests: pytest.Subtests) -> None:
     """Its schema has this pattern for parameters; all files were held against the whole of it."""
-    for name in sweep_file.read(path).parameters:
-        assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name)
+    for path in FILES:
+        with subtests.test(path.stem):
+            for name in sweep_file.read(path).parameters:
+                assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name)
 
 
-@every_sweep
-def test_the_points_that_a_comment_names_are_those_of_the_space(path: Path) -> None:
-    size = search_space.grid_size(sweep_file.read(path))
-    for said in re.findall(r"([\d,]+) points", path.read_text()):
-        assert int(said.replace(",", "")) == size
+def test_the_points_that_a_comment_names_are_those_of_the_space(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(path.stem):
+            size = search_space.grid_size(sweep_file.read(path))
+            for said in re.findall(r"([\d,]+) points", path.read_text()):
+                assert int(said.replace(",", "")) == size
 
 
 def test_dantinox_has_its_twenty_two_keys() -> None:
@@ -105,32 +106,31 @@ def test_dantinox_has_its_twenty_two_keys() -> None:
     assert space.parameters["model.attention.num_heads"] == search_space.Fixed("auto")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(12))
 def test_a_trial_of_dantinox_is_traced_from_the_first_parameter_to_the_last_update(
-    number: int,
+    subtests: pytest.Subtests,
 ) -> None:
     """Shapes alone, of two layers and a small vocabulary: what would crash does so here."""
     space = sweep_file.read(ROOT / "sweep" / "dantinox.yaml")
-    *_, last = trials(space, number + 1)
-    words = [*space.overrides, *as_overrides(last), "model.num_layers=2"]
-    settings = config.load(space.config, words)
-    training, rate = settings.training, optax.constant_schedule(1e-3)
-    assert isinstance(training.grad_accumulation, int)
-    train_step = step.make_train_step(
-        Network(
-            settings.model,
-            vocab_size=320,
-            context_length=settings.data.context_length,
-            precision=training.precision,
-        ),
-        optimizer.optimizer(settings.optimizer, rate, training.grad_clip),
-        rate,
-        training,
-        micro_batches=training.grad_accumulation,
-        mask_documents=settings.data.mask_documents,
-    )
-    state = compiled.abstract_state(settings, vocab_size=320)
-    after, metrics = jax.eval_shape(train_step, state, compiled.abstract_batch(settings))
-    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
-    assert metrics.loss.shape == ()
+    for number, values in enumerate(trials(space, 12)):
+        with subtests.test(number=number):
+            words = [*space.overrides, *as_overrides(values), "model.num_layers=2"]
+            settings = config.load(space.config, words)
+            training, rate = settings.training, optax.constant_schedule(1e-3)
+            assert isinstance(training.grad_accumulation, int)
+            train_step = step.make_train_step(
+                Network(
+                    settings.model,
+                    vocab_size=320,
+                    context_length=settings.data.context_length,
+                    precision=training.precision,
+                ),
+                optimizer.optimizer(settings.optimizer, rate, training.grad_clip),
+                rate,
+                training,
+                micro_batches=training.grad_accumulation,
+                mask_documents=settings.data.mask_documents,
+            )
+            state = compiled.abstract_state(settings, vocab_size=320)
+            after, metrics = jax.eval_shape(train_step, state, compiled.abstract_batch(settings))
+            assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
+            assert metrics.loss.shape == ()

@@ -55,18 +55,22 @@ def test_more_documents_than_there_are_means_all(numbers):
     assert sorted(read(numbers, num_documents=1000)) == sorted(read(numbers))
 
 
-@pytest.mark.parametrize(("size", "fraction"), [(100, 0.1), (10, 0.1), (39_438, 0.1), (7, 0.5)])
-def test_split_is_the_original_arithmetic_and_loses_nothing(size, fraction):
-    documents = [str(i) for i in range(size)]
-    train, validation = sources.split(documents, fraction)
-    assert len(train) == int(size * (1 - fraction))
-    assert train + validation == documents
+def test_split_is_the_original_arithmetic_and_loses_nothing(subtests: pytest.Subtests):
+    for size, fraction in [(100, 0.1), (10, 0.1), (39_438, 0.1), (7, 0.5)]:
+        with subtests.test(size=size, fraction=fraction):
+            documents = [str(i) for i in range(size)]
+            train, validation = sources.split(documents, fraction)
+            assert len(train) == int(size * (1 - fraction))
+            assert train + validation == documents
 
 
-@pytest.mark.parametrize(("fraction", "side"), [(0.999, "training"), (1e-17, "validation")])
-def test_an_empty_side_of_the_split_is_refused(fraction, side):
-    with pytest.raises(UserError, match=f"leaves none for {side}"):
-        sources.split(["a", "b", "c"], fraction)
+def test_an_empty_side_of_the_split_is_refused(subtests: pytest.Subtests):
+    for fraction, side in [(0.999, "training"), (1e-17, "validation")]:
+        with (
+            subtests.test(fraction=fraction),
+            pytest.raises(UserError, match=f"leaves none for {side}"),
+        ):
+            sources.split(["a", "b", "c"], fraction)
 
 
 def test_fingerprint_is_sha256_of_documents_framed_by_length():

@@ -1,6 +1,7 @@
 """Tiled attention against sums over the keys that each query sees, and against dense attention."""
 
 import functools
+import itertools
 import typing
 from collections.abc import Callable
 
@@ -11,7 +12,6 @@ import pytest
 
 from mainrun import config
 from mainrun.model import sparse
-from tests.shown import shown
 from tests.test_masks import NUM_HEADS, visible, visible_grid
 
 BATCH, TIME = 2, 75  # neither whole tiles nor whole strides of any case below
@@ -41,8 +41,6 @@ CASES: dict[str, sparse.Tiled] = {
     "strided blocks": tiled(config.StridedKeys(stride=12), 4),
     "strided, one block": tiled(config.StridedKeys(stride=4), 4),
 }
-SHOWN = {"all", "window", "fixed blocks, two verts", "strided"}
-every_case = shown("attention", CASES, SHOWN.__contains__)
 
 
 def inputs(kv_heads: int = 2, time: int = TIME, seed: int = 0) -> list[np.ndarray]:
@@ -134,57 +132,62 @@ def test_the_cases_are_all_patterns_there_are() -> None:
 
 
 # Float32 against float64, sums of at most 75 numbers near 1: 1e-5 is some ten roundings.
-@every_case
-def test_each_query_attends_to_the_keys_of_its_set(attention: sparse.Tiled) -> None:
-    q, k, v = inputs(kv_heads=NUM_HEADS)
-    expected = by_sets(q, k, v, attention, None)
-    np.testing.assert_allclose(attended(q, k, v, attention), expected, atol=1e-5)
+def test_each_query_attends_to_the_keys_of_its_set(subtests: pytest.Subtests) -> None:
+    for name, attention in CASES.items():
+        with subtests.test(name):
+            q, k, v = inputs(kv_heads=NUM_HEADS)
+            expected = by_sets(q, k, v, attention, None)
+            np.testing.assert_allclose(attended(q, k, v, attention), expected, atol=1e-5)
 
 
-@every_case
-def test_documents_and_grouped_heads_keep_to_their_sets(attention: sparse.Tiled) -> None:
-    q, k, v = inputs(kv_heads=2)
-    out, _ = attended_in_documents(q, k, v, attention, documents())
-    np.testing.assert_allclose(out, by_sets(q, k, v, attention, documents()), atol=1e-5)
+@pytest.mark.slow
+def test_documents_and_grouped_heads_keep_to_their_sets(subtests: pytest.Subtests) -> None:
+    for name, attention in CASES.items():
+        with subtests.test(name):
+            q, k, v = inputs(kv_heads=2)
+            out, _ = attended_in_documents(q, k, v, attention, documents())
+            np.testing.assert_allclose(out, by_sets(q, k, v, attention, documents()), atol=1e-5)
 
 
-@every_case
-def test_gradients_are_those_of_dense_attention_under_the_mask(attention: sparse.Tiled) -> None:
-    q, k, v = inputs(kv_heads=2)
-    segments = documents()
-    together = segments[:, None, :, None] == segments[:, None, None, :]
-    _, expected = dense_in_documents(q, k, v, visible_grid(attention, TIME) & together)
-    _, gradients = attended_in_documents(q, k, v, attention, segments)
-    for one, other in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+def test_gradients_are_those_of_dense_attention_under_the_mask(subtests: pytest.Subtests) -> None:
+    for name, attention in CASES.items():
+        with subtests.test(name):
+            q, k, v = inputs(kv_heads=2)
+            segments = documents()
+            together = segments[:, None, :, None] == segments[:, None, None, :]
+            _, expected = dense_in_documents(q, k, v, visible_grid(attention, TIME) & together)
+            _, gradients = attended_in_documents(q, k, v, attention, segments)
+            for one, other in zip(gradients, expected, strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@every_case
-def test_later_tokens_and_other_documents_change_nothing(attention: sparse.Tiled) -> None:
-    arrays, others = inputs(), inputs(seed=1)
-    segments = documents()
-    changed_positions = np.zeros((BATCH, TIME), bool)
-    changed_positions[:, 40:] = True  # later
-    changed_positions[0, :33] = True  # row 0's other documents; row 1's 0 to 39 stay
-    changed = [
-        np.where(changed_positions[:, None, :, None], b, a)
-        for a, b in zip(arrays, others, strict=True)
-    ]
-    out, _ = attended_in_documents(*arrays, attention, segments)
-    again, _ = attended_in_documents(*changed, attention, segments)
-    np.testing.assert_array_equal(out[0, :, 33:40], again[0, :, 33:40])
-    np.testing.assert_array_equal(out[1, :, :40], again[1, :, :40])
-    assert not np.array_equal(out[1, :, 40:], again[1, :, 40:])
+def test_later_tokens_and_other_documents_change_nothing(subtests: pytest.Subtests) -> None:
+    for name, attention in CASES.items():
+        with subtests.test(name):
+            arrays, others = inputs(), inputs(seed=1)
+            segments = documents()
+            changed_positions = np.zeros((BATCH, TIME), bool)
+            changed_positions[:, 40:] = True  # later
+            changed_positions[0, :33] = True  # row 0's other documents; row 1's 0 to 39 stay
+            changed = [
+                np.where(changed_positions[:, None, :, None], b, a)
+                for a, b in zip(arrays, others, strict=True)
+            ]
+            out, _ = attended_in_documents(*arrays, attention, segments)
+            again, _ = attended_in_documents(*changed, attention, segments)
+            np.testing.assert_array_equal(out[0, :, 33:40], again[0, :, 33:40])
+            np.testing.assert_array_equal(out[1, :, :40], again[1, :, :40])
+            assert not np.array_equal(out[1, :, 40:], again[1, :, 40:])
 
 
-@pytest.mark.parametrize("time", [1, 32, 65])
-@pytest.mark.parametrize(
-    "name", ["window longer than a tile", "fixed blocks, two verts", "strided blocks"]
-)
-def test_any_length_will_do(name: str, time: int) -> None:
-    q, k, v = inputs(time=time)
-    out = attended(q, k, v, CASES[name])
-    np.testing.assert_allclose(out, by_sets(q, k, v, CASES[name], None), atol=1e-5)
+def test_any_length_will_do(subtests: pytest.Subtests) -> None:
+    for time, name in itertools.product(
+        [1, 32, 65], ["window longer than a tile", "fixed blocks, two verts", "strided blocks"]
+    ):
+        with subtests.test(time=time, name=name):
+            q, k, v = inputs(time=time)
+            out = attended(q, k, v, CASES[name])
+            np.testing.assert_allclose(out, by_sets(q, k, v, CASES[name], None), atol=1e-5)
 
 
 def test_a_long_window_reaches_over_several_tiles() -> None:
@@ -193,46 +196,49 @@ def test_a_long_window_reaches_over_several_tiles() -> None:
     np.testing.assert_allclose(out, by_sets(q, k, v, window(150), None), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["window", "fixed", "strided"])
-def test_scores_of_any_size_give_finite_outputs_and_gradients(name: str) -> None:
-    q, k, v = inputs()
-    out, gradients = attended_in_documents(1000 * q, k, v, CASES[name], documents())
-    expected = by_sets(1000 * q, k, v, CASES[name], documents())
-    # Scores near 4000 have float32 steps of 2e-4, which the exponential takes up as they are.
-    np.testing.assert_allclose(out, expected, atol=2e-3)
-    assert all(np.isfinite(gradient).all() for gradient in gradients)
+def test_scores_of_any_size_give_finite_outputs_and_gradients(subtests: pytest.Subtests) -> None:
+    for name in ["window", "fixed", "strided"]:
+        with subtests.test(name=name):
+            q, k, v = inputs()
+            out, gradients = attended_in_documents(1000 * q, k, v, CASES[name], documents())
+            expected = by_sets(1000 * q, k, v, CASES[name], documents())
+            # Scores near 4000 have float32 steps of 2e-4, which the exponential takes up whole.
+            np.testing.assert_allclose(out, expected, atol=2e-3)
+            assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", ["window", "fixed, two verts", "strided"])
-def test_bfloat16_goes_in_and_out_and_is_summed_in_float32(name: str) -> None:
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs())
-    segments = documents()
-    out, gradients = attended_in_documents(q, k, v, CASES[name], segments)
-    wide = [np.asarray(x, np.float32) for x in (q, k, v)]
-    assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(jnp.bfloat16)}
-    # Half a step of bfloat16 is 0.4 %: of the weights, and of the result.
-    expected = by_sets(*wide, CASES[name], segments)
-    np.testing.assert_allclose(out.astype(np.float32), expected, rtol=0.008, atol=0.008)
+def test_bfloat16_goes_in_and_out_and_is_summed_in_float32(subtests: pytest.Subtests) -> None:
+    for name in ["window", "fixed, two verts", "strided"]:
+        with subtests.test(name=name):
+            q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs())
+            segments = documents()
+            out, gradients = attended_in_documents(q, k, v, CASES[name], segments)
+            wide = [np.asarray(x, np.float32) for x in (q, k, v)]
+            assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+            # Half a step of bfloat16 is 0.4 %: of the weights, and of the result.
+            expected = by_sets(*wide, CASES[name], segments)
+            np.testing.assert_allclose(out.astype(np.float32), expected, rtol=0.008, atol=0.008)
 
 
-@pytest.mark.parametrize("name", ["window", "fixed, two verts", "strided"])
-def test_dropout_zeroes_its_share_of_weights_and_keeps_their_sum(name: str) -> None:
-    attention, rate, rows, time = CASES[name], 0.25, 100, 40
-    q, k, _ = inputs(kv_heads=NUM_HEADS, time=time)
-    # With the unit vectors for values, the output is the weights.
-    units = jnp.broadcast_to(jnp.eye(time), (rows, NUM_HEADS, time, time))
-    q, k = (jnp.broadcast_to(x[:1], (rows, *x.shape[1:])) for x in (q, k))
-    keys = jax.random.key_data(jax.random.split(jax.random.key(0), rows))
-    whole = np.asarray(attended(q, k, units, attention))[0]
-    seen = visible_grid(attention, time)
-    np.testing.assert_array_equal(whole > 0, seen)
-    dropped = np.asarray(attended_with_dropout(q, k, units, attention, keys, rate))
-    kept = dropped != 0
-    np.testing.assert_allclose(dropped, kept * whole / (1 - rate), rtol=1e-5)
-    # Six standard deviations: of all weights' coins together, and of one weight's.
-    share, deviation = kept[:, seen], np.sqrt(rate * (1 - rate))
-    assert abs(share.mean() - (1 - rate)) < 6 * deviation / np.sqrt(share.size)
-    assert np.abs(share.mean(axis=0) - (1 - rate)).max() < 6 * deviation / np.sqrt(rows)
+def test_dropout_zeroes_its_share_of_weights_and_keeps_their_sum(subtests: pytest.Subtests) -> None:
+    for name in ["window", "fixed, two verts", "strided"]:
+        with subtests.test(name=name):
+            attention, rate, rows, time = CASES[name], 0.25, 100, 40
+            q, k, _ = inputs(kv_heads=NUM_HEADS, time=time)
+            # With the unit vectors for values, the output is the weights.
+            units = jnp.broadcast_to(jnp.eye(time), (rows, NUM_HEADS, time, time))
+            q, k = (jnp.broadcast_to(x[:1], (rows, *x.shape[1:])) for x in (q, k))
+            keys = jax.random.key_data(jax.random.split(jax.random.key(0), rows))
+            whole = np.asarray(attended(q, k, units, attention))[0]
+            seen = visible_grid(attention, time)
+            np.testing.assert_array_equal(whole > 0, seen)
+            dropped = np.asarray(attended_with_dropout(q, k, units, attention, keys, rate))
+            kept = dropped != 0
+            np.testing.assert_allclose(dropped, kept * whole / (1 - rate), rtol=1e-5)
+            # Six standard deviations: of all weights' coins together, and of one weight's.
+            share, deviation = kept[:, seen], np.sqrt(rate * (1 - rate))
+            assert abs(share.mean() - (1 - rate)) < 6 * deviation / np.sqrt(share.size)
+            assert np.abs(share.mean(axis=0) - (1 - rate)).max() < 6 * deviation / np.sqrt(rows)
 
 
 def test_dropout_of_one_view_is_not_that_of_the_other() -> None:
@@ -295,23 +301,24 @@ def dense_bytes() -> int:
     return temporary_bytes(causal, 4096)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", LONG.values(), ids=LONG.keys())
 def test_a_context_of_4096_takes_less_than_a_third_of_dense_memory(
-    attention: sparse.Tiled, dense_bytes: int
+    dense_bytes: int, subtests: pytest.Subtests
 ) -> None:
-    attend = functools.partial(sparse.attend, attention=attention)
-    assert sparse.saves(attention, 4096)
-    assert temporary_bytes(attend, 4096) < dense_bytes / 3
+    for name, attention in LONG.items():
+        with subtests.test(name):
+            attend = functools.partial(sparse.attend, attention=attention)
+            assert sparse.saves(attention, 4096)
+            assert temporary_bytes(attend, 4096) < dense_bytes / 3
 
 
-@pytest.mark.parametrize("attention", LONG.values(), ids=LONG.keys())
-def test_no_index_is_gathered_or_scattered(attention: sparse.Tiled) -> None:
-    attend = functools.partial(sparse.attend, attention=attention)
-    text = gradient(attend, 300).as_text()
-    assert "stablehlo.dot_general" in text
-    assert "stablehlo.gather" not in text
-    assert "stablehlo.scatter" not in text
+def test_no_index_is_gathered_or_scattered(subtests: pytest.Subtests) -> None:
+    for name, attention in LONG.items():
+        with subtests.test(name):
+            attend = functools.partial(sparse.attend, attention=attention)
+            text = gradient(attend, 300).as_text()
+            assert "stablehlo.dot_general" in text
+            assert "stablehlo.gather" not in text
+            assert "stablehlo.scatter" not in text
 
 
 def test_tiles_save_nothing_where_everything_is_seen() -> None:

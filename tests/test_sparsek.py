@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mainrun.model import sparsek
-from tests.shown import shown
 
 
 class Case(NamedTuple):
@@ -177,44 +176,50 @@ def dense_pulled(case: Case, ids, inputs: Inputs, weight):
     return out, pull(weight)
 
 
-@shown("case", {str(case): case for case in CASES}, {str(CASES[1]), str(CASES[4])}.__contains__)
-def test_every_query_gets_what_the_definition_says(case: Case) -> None:
-    inputs, ids = made(case)
-    out, _ = attend(case, inputs, ids)
-    np.testing.assert_allclose(out, brute_force(case, inputs, ids), rtol=0, atol=3e-6)
+@pytest.mark.slow
+def test_every_query_gets_what_the_definition_says(subtests: pytest.Subtests) -> None:
+    for case in CASES:
+        with subtests.test(case=case):
+            inputs, ids = made(case)
+            out, _ = attend(case, inputs, ids)
+            np.testing.assert_allclose(out, brute_force(case, inputs, ids), rtol=0, atol=3e-6)
 
 
-@shown("case", {str(case): case for case in CASES[:6]}, {str(CASES[1])}.__contains__)
-def test_gradients_are_those_of_the_dense_form(case: Case) -> None:
-    inputs, ids = made(case)
-    weight = normal(5, *inputs.q.shape)
-    out, gradients = attend(case, inputs, ids, weight)
-    shape = case._replace(documents=1, spread=1.0)  # one compilation for all that have it
-    expected, exact = dense_pulled(shape, ids, inputs, weight)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)
-    for ours, theirs in zip(gradients, exact, strict=True):
-        scale = max(1.0, float(jnp.abs(theirs).max()))
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * scale)
+def test_gradients_are_those_of_the_dense_form(subtests: pytest.Subtests) -> None:
+    for case in CASES[:6]:
+        with subtests.test(case=case):
+            inputs, ids = made(case)
+            weight = normal(5, *inputs.q.shape)
+            out, gradients = attend(case, inputs, ids, weight)
+            shape = case._replace(documents=1, spread=1.0)  # one compilation for all that have it
+            expected, exact = dense_pulled(shape, ids, inputs, weight)
+            np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)
+            for ours, theirs in zip(gradients, exact, strict=True):
+                scale = max(1.0, float(jnp.abs(theirs).max()))
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * scale)
 
 
-@pytest.mark.parametrize("spread", [0.05, 1.0])
-def test_gradients_are_slopes_of_the_definition(spread: float) -> None:
+def test_gradients_are_slopes_of_the_definition(subtests: pytest.Subtests) -> None:
     """Central differences of the brute force in float64, along one direction for each input."""
-    case = CASES[4]._replace(spread=spread)
-    inputs, ids = made(case)
-    weight = np.asarray(normal(5, *inputs.q.shape))
-    _, gradients = attend(case, inputs, ids, jnp.asarray(weight))
-    exact = Inputs(*(np.asarray(x, np.float64) for x in inputs))
-    step = 1e-6  # so small that no score crosses another
-    for name, gradient in gradients._asdict().items():
-        value = getattr(exact, name)
-        direction = np.random.default_rng(len(name)).normal(size=value.shape)
-        high, low = (
-            float((weight * brute_force(case, exact._replace(**{name: end}), ids)).sum())
-            for end in (value + step * direction, value - step * direction)
-        )
-        slope = (high - low) / (2 * step)
-        assert float((np.asarray(gradient) * direction).sum()) == pytest.approx(slope, rel=1e-4)
+    for spread in [0.05, 1.0]:
+        with subtests.test(spread=spread):
+            case = CASES[4]._replace(spread=spread)
+            inputs, ids = made(case)
+            weight = np.asarray(normal(5, *inputs.q.shape))
+            _, gradients = attend(case, inputs, ids, jnp.asarray(weight))
+            exact = Inputs(*(np.asarray(x, np.float64) for x in inputs))
+            step = 1e-6  # so small that no score crosses another
+            for name, gradient in gradients._asdict().items():
+                value = getattr(exact, name)
+                direction = np.random.default_rng(len(name)).normal(size=value.shape)
+                high, low = (
+                    float((weight * brute_force(case, exact._replace(**{name: end}), ids)).sum())
+                    for end in (value + step * direction, value - step * direction)
+                )
+                slope = (high - low) / (2 * step)
+                assert float((np.asarray(gradient) * direction).sum()) == pytest.approx(
+                    slope, rel=1e-4
+                )
 
 
 gates_of = jax.jit(sparsek.sparsek, static_argnums=1)
@@ -308,20 +313,21 @@ def sums_of_gates(scores, segment_ids, marks):
     )[0, 0]
 
 
-@pytest.mark.parametrize("kind", distributions(1))
-def test_gates_of_long_texts_are_exact(kind: str) -> None:
-    window, num_selected = 3, 20
-    scores = distributions(LONG)[kind].astype(np.float32)
-    draw = np.random.default_rng(1).normal(size=LONG)
-    marks = np.stack([np.ones(LONG), np.arange(LONG) / LONG, draw], axis=1)
-    out = np.asarray(sums_of_gates(scores, np.zeros(LONG, int), marks))
-    for i in (25, 30, 250, 255, 256, 777, 1199):
-        before = scores[: i - window + 1].astype(np.float64)
-        selected = np.argsort(-before, kind="stable")[:num_selected]
-        gates = np.clip(before[selected] - threshold(before, num_selected), 0, 1)
-        expected = gates @ marks[selected] + marks[i - window + 1 : i + 1].sum(0)
-        shown = out[i] * (len(selected) + window)
-        np.testing.assert_allclose(shown, expected, rtol=0, atol=num_selected * 3e-6)
+def test_gates_of_long_texts_are_exact(subtests: pytest.Subtests) -> None:
+    for kind in distributions(1):
+        with subtests.test(kind=kind):
+            window, num_selected = 3, 20
+            scores = distributions(LONG)[kind].astype(np.float32)
+            draw = np.random.default_rng(1).normal(size=LONG)
+            marks = np.stack([np.ones(LONG), np.arange(LONG) / LONG, draw], axis=1)
+            out = np.asarray(sums_of_gates(scores, np.zeros(LONG, int), marks))
+            for i in (25, 30, 250, 255, 256, 777, 1199):
+                before = scores[: i - window + 1].astype(np.float64)
+                selected = np.argsort(-before, kind="stable")[:num_selected]
+                gates = np.clip(before[selected] - threshold(before, num_selected), 0, 1)
+                expected = gates @ marks[selected] + marks[i - window + 1 : i + 1].sum(0)
+                shown = out[i] * (len(selected) + window)
+                np.testing.assert_allclose(shown, expected, rtol=0, atol=num_selected * 3e-6)
 
 
 def replaced(inputs: Inputs, where: np.ndarray) -> Inputs:
@@ -345,28 +351,34 @@ def test_later_tokens_change_nothing_before_them() -> None:
         assert not np.array_equal(after[:, :, place], before[:, :, place])
 
 
-@pytest.mark.parametrize("kind", distributions(1))
-def test_gates_of_long_texts_show_nothing_of_what_is_not_theirs(kind: str) -> None:
+def test_gates_of_long_texts_show_nothing_of_what_is_not_theirs(subtests: pytest.Subtests) -> None:
     """Not in the last bit, though tau is searched for from wherever the chunk before ended."""
-    scores = distributions(LONG)[kind]
-    marks = np.random.default_rng(1).normal(size=(LONG, 3))
-    index = np.arange(LONG)
-    ids = np.searchsorted([320, 777], index, side="right")  # one begins with a chunk
-    before = np.asarray(sums_of_gates(scores, ids, marks))
-    others = np.random.default_rng(2).normal(size=LONG)
-    for mine in (index < 700, ids == 0, ids == 1, ids == 2):
-        after = np.asarray(sums_of_gates(np.where(mine, scores, others), ids, marks))
-        np.testing.assert_array_equal(after[mine], before[mine])
-        assert not np.array_equal(after[~mine], before[~mine])
+    for kind in distributions(1):
+        with subtests.test(kind=kind):
+            scores = distributions(LONG)[kind]
+            marks = np.random.default_rng(1).normal(size=(LONG, 3))
+            index = np.arange(LONG)
+            ids = np.searchsorted([320, 777], index, side="right")  # one begins with a chunk
+            before = np.asarray(sums_of_gates(scores, ids, marks))
+            others = np.random.default_rng(2).normal(size=LONG)
+            for mine in (index < 700, ids == 0, ids == 1, ids == 2):
+                after = np.asarray(sums_of_gates(np.where(mine, scores, others), ids, marks))
+                np.testing.assert_array_equal(after[mine], before[mine])
+                assert not np.array_equal(after[~mine], before[~mine])
 
 
-@pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf])
-def test_scores_that_are_no_numbers_hang_nothing_and_spoil_nothing_earlier(what: float) -> None:
-    inputs, ids = made(COMMON)
-    before, _ = attend(COMMON, inputs, ids)
-    place = 22
-    after, _ = attend(COMMON, inputs._replace(scores=inputs.scores.at[:, :, place].set(what)), ids)
-    np.testing.assert_array_equal(after[:, :, :place], before[:, :, :place])
+def test_scores_that_are_no_numbers_hang_nothing_and_spoil_nothing_earlier(
+    subtests: pytest.Subtests,
+) -> None:
+    for what in [np.nan, np.inf, -np.inf]:
+        with subtests.test(what=what):
+            inputs, ids = made(COMMON)
+            before, _ = attend(COMMON, inputs, ids)
+            place = 22
+            after, _ = attend(
+                COMMON, inputs._replace(scores=inputs.scores.at[:, :, place].set(what)), ids
+            )
+            np.testing.assert_array_equal(after[:, :, :place], before[:, :, :place])
 
 
 def test_other_documents_change_nothing() -> None:
@@ -385,23 +397,27 @@ def test_other_documents_change_nothing() -> None:
             assert (gradient[:, :, ~other] != 0).any()
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.01, 2.0])  # 0: all equal, so only order decides
-def test_decoding_equals_attending_position_by_position(spread: float) -> None:
-    case = COMMON._replace(spread=spread)
-    inputs, ids = made(case)
-    full, _ = attend(case, inputs, ids)
-    slots = np.random.default_rng(0).permutation(70)  # a cache in any order, larger than the text
-    q, *cached = inputs
-    beyond = [((0, 0), (0, 0), (0, 10), *[(0, 0)] * (x.ndim - 3)) for x in cached]
-    cache = [
-        jnp.pad(x, pad, constant_values=50.0)[:, :, slots]
-        for x, pad in zip(cached, beyond, strict=True)
-    ]
-    for i in range(0, case.time, 3):
-        # What is not written yet, or never, is empty.
-        positions = jnp.asarray(np.where(slots <= i, slots, -1))
-        out = decoded(q[:, :, i : i + 1], *cache, jnp.asarray(i), positions)
-        np.testing.assert_allclose(np.asarray(out)[:, :, 0], full[:, :, i], rtol=0, atol=1e-5)
+def test_decoding_equals_attending_position_by_position(subtests: pytest.Subtests) -> None:
+    for spread in [0.0, 0.01, 2.0]:
+        with subtests.test(spread=spread):
+            case = COMMON._replace(spread=spread)
+            inputs, ids = made(case)
+            full, _ = attend(case, inputs, ids)
+            # A cache in any order, larger than the text.
+            slots = np.random.default_rng(0).permutation(70)
+            q, *cached = inputs
+            beyond = [((0, 0), (0, 0), (0, 10), *[(0, 0)] * (x.ndim - 3)) for x in cached]
+            cache = [
+                jnp.pad(x, pad, constant_values=50.0)[:, :, slots]
+                for x, pad in zip(cached, beyond, strict=True)
+            ]
+            for i in range(0, case.time, 3):
+                # What is not written yet, or never, is empty.
+                positions = jnp.asarray(np.where(slots <= i, slots, -1))
+                out = decoded(q[:, :, i : i + 1], *cache, jnp.asarray(i), positions)
+                np.testing.assert_allclose(
+                    np.asarray(out)[:, :, 0], full[:, :, i], rtol=0, atol=1e-5
+                )
 
 
 @jax.jit

@@ -30,20 +30,21 @@ def compiled() -> tuple[Any, Any]:
     return jax.jit(stretch(step, FEED.batch_at, MOST)), state
 
 
-@pytest.mark.parametrize("cuts", [[5], [2, 3], [1, 1, 1, 1, 1]])
 def test_however_steps_are_cut_into_dispatches_the_bits_are_the_same(
-    compiled: tuple[Any, Any], cuts: list[int]
+    compiled: tuple[Any, Any], subtests: pytest.Subtests
 ) -> None:
-    run, state = compiled
-    whole, metrics = run(state, FEED(0, 5), np.int32(5))
-    losses, first = [], 0
-    for steps in cuts:
-        state, found = run(state, FEED(first, steps), np.int32(steps))
-        losses += np.asarray(found.loss)[:steps].tolist()
-        first += steps
-    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert losses == np.asarray(metrics.loss).tolist()
+    for cuts in [[5], [2, 3], [1, 1, 1, 1, 1]]:
+        with subtests.test(cuts=cuts):
+            run, state = compiled
+            whole, metrics = run(state, FEED(0, 5), np.int32(5))
+            losses, first = [], 0
+            for steps in cuts:
+                state, found = run(state, FEED(first, steps), np.int32(steps))
+                losses += np.asarray(found.loss)[:steps].tolist()
+                first += steps
+            for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+                np.testing.assert_array_equal(one, other)
+            assert losses == np.asarray(metrics.loss).tolist()
 
 
 def test_they_are_the_steps_of_the_plain_step(compiled: tuple[Any, Any]) -> None:
@@ -87,14 +88,13 @@ def test_a_trainee_takes_no_more_than_it_is_asked_and_than_go_into_a_dispatch(
     assert int(trainee.state.step) == index
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(1e-9, 8), (0.1, 2), (0.05, 5), (9.0, 1)])
-def test_short_steps_go_many_to_a_dispatch_and_long_ones_alone(
-    seconds: float, expected: int
-) -> None:
-    pace = Pace(8)
-    assert pace.steps == 1
-    pace.observe(seconds)
-    assert pace.steps == expected
+def test_short_steps_go_many_to_a_dispatch_and_long_ones_alone(subtests: pytest.Subtests) -> None:
+    for seconds, expected in [(1e-9, 8), (0.1, 2), (0.05, 5), (9.0, 1)]:
+        with subtests.test(seconds=seconds):
+            pace = Pace(8)
+            assert pace.steps == 1
+            pace.observe(seconds)
+            assert pace.steps == expected
 
 
 @pytest.mark.slow

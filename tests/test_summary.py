@@ -391,12 +391,13 @@ def test_the_slow_first_step_is_not_in_the_picture_of_throughput(log: Log, tmp_p
     np.testing.assert_array_equal(picture(log, "throughput"), picture(other, "throughput"))
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 250, 1001])
-def test_smoothing_is_the_mean_of_the_known_values_around(length: int):
-    values = np.random.default_rng(0).normal(size=length)
-    values[length // 2 : length // 2 + 1] = np.nan
-    reach = length // 100
-    for i, smooth in enumerate(_smoothed(values)):
-        around = values[max(0, i - reach) : i + reach + 1]
-        expected = np.nan if np.isnan(values[i]) else np.nanmean(around)
-        np.testing.assert_allclose(smooth, expected, rtol=1e-12)
+def test_smoothing_is_the_mean_of_the_known_values_around(subtests: pytest.Subtests):
+    for length in [0, 1, 3, 250, 1001]:
+        with subtests.test(length=length):
+            values = np.random.default_rng(0).normal(size=length)
+            values[length // 2 : length // 2 + 1] = np.nan
+            reach = length // 100
+            for i, smooth in enumerate(_smoothed(values)):
+                around = values[max(0, i - reach) : i + reach + 1]
+                expected = np.nan if np.isnan(values[i]) else np.nanmean(around)
+                np.testing.assert_allclose(smooth, expected, rtol=1e-12)

@@ -123,9 +123,8 @@ def stand_in(**changes) -> tiktoken.Encoding:
     return tiktoken.Encoding("stand-in", **(plain | changes))
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
+def test_an_encoding_that_cannot_be_converted_is_refused(subtests: pytest.Subtests):
+    cases = [
         ({"special_tokens": {"<|end|>": 256}}, "it has no token <|endoftext|>"),
         # The library takes a whole word from its vocabulary, in which <eos> and <pad> are.
         ({"pat_str": r"\S+|\s+"}, "cannot be written"),
@@ -134,12 +133,14 @@ def stand_in(**changes) -> tiktoken.Encoding:
         ({"pat_str": r"(?:a{1,2}+)a|[^a]+|a", "mergeable_ranks": {
             **{bytes([byte]): byte for byte in range(256)}, b"aa": 257, b"aaa": 258}},
          "cannot be written"),
-    ],
-)  # fmt: skip
-def test_an_encoding_that_cannot_be_converted_is_refused(changes, reason):
-    with pytest.raises(UserError, match=r"tokenizer\.encoding=stand-in: ") as error:
-        tiktoken_encoding.convert(stand_in(**changes), ["aaaa"], eos="<eos>", others=["<pad>"])
-    assert reason in str(error.value)
+    ]  # fmt: skip
+    for changes, reason in cases:
+        with subtests.test(changes=changes, reason=reason):
+            with pytest.raises(UserError, match=r"tokenizer\.encoding=stand-in: ") as error:
+                tiktoken_encoding.convert(
+                    stand_in(**changes), ["aaaa"], eos="<eos>", others=["<pad>"]
+                )
+            assert reason in str(error.value)
 
 
 def test_an_unknown_encoding_is_refused_with_the_known_ones():

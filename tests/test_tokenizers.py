@@ -48,16 +48,22 @@ def small(kind):
     return kind(vocab_size=600) if has_size else kind()
 
 
+@pytest.fixture(scope="module")
+def fitted():
+    """A tokenizer of each kind."""
+    with pytest.MonkeyPatch.context() as patch:
+        TiktokenFiles.of(SENTENCES).install(patch)
+        return {kind: tokenizers.fit(small(kind), SENTENCES) for kind in KINDS}
+
+
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind().kind)
 def kind(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def tokenizer(kind):
-    with pytest.MonkeyPatch.context() as patch:
-        TiktokenFiles.of(SENTENCES).install(patch)
-        return tokenizers.fit(small(kind), SENTENCES)
+def tokenizer(fitted, kind):
+    return fitted[kind]
 
 
 def there_and_back(tokenizer, document):
@@ -92,62 +98,77 @@ def test_of_other_text_one_space_at_the_beginning_is_lost_at_most(kind, tokenize
     assert knows(kind, text) in (back, " " + back)
 
 
-def test_the_reserved_names_have_ids_and_ids_have_no_gap(kind, tokenizer):
-    ids = [tokenizers.special_id(tokenizer, name) for name in RESERVED]
-    assert len(set(ids)) == 3
-    if is_fitted(kind):
-        assert ids == [0, 1, 2]  # as in every run there is
-    size = tokenizer.get_vocab_size()
-    assert sorted(tokenizer.get_vocab().values()) == list(range(size))
-    assert size >= 600 or kind is config.Char
+def test_the_reserved_names_have_ids_and_ids_have_no_gap(fitted, subtests: pytest.Subtests):
+    for kind, tokenizer in fitted.items():
+        with subtests.test(kind=kind().kind):
+            ids = [tokenizers.special_id(tokenizer, name) for name in RESERVED]
+            assert len(set(ids)) == 3
+            if is_fitted(kind):
+                assert ids == [0, 1, 2]  # as in every run there is
+            size = tokenizer.get_vocab_size()
+            assert sorted(tokenizer.get_vocab().values()) == list(range(size))
+            assert size >= 600 or kind is config.Char
 
 
-def test_no_text_has_a_reserved_id(kind, tokenizer):
-    ids = [tokenizers.special_id(tokenizer, name) for name in RESERVED]
+def test_no_text_has_a_reserved_id(fitted, subtests: pytest.Subtests):
     texts = [*SENTENCES, "<eos>", "x<pad>", "a <unk>", "<|endoftext|>", "nul \x00", "☃" * 300]
-    found = np.concatenate(tokenizers.encode(tokenizer, texts))
-    unknown = kind is config.Char  # the only one to which something is
-    assert not np.isin(found, ids[:2]).any()
-    assert np.isin(found, ids[2]).any() == unknown
-    assert found.max() < tokenizer.get_vocab_size()
+    for kind, tokenizer in fitted.items():
+        with subtests.test(kind=kind().kind):
+            ids = [tokenizers.special_id(tokenizer, name) for name in RESERVED]
+            found = np.concatenate(tokenizers.encode(tokenizer, texts))
+            unknown = kind is config.Char  # the only one to which something is
+            assert not np.isin(found, ids[:2]).any()
+            assert np.isin(found, ids[2]).any() == unknown
+            assert found.max() < tokenizer.get_vocab_size()
 
 
-def test_decoding_leaves_out_pad_and_eos_and_shows_unk(tokenizer):
-    pad, eos, unk = (tokenizers.special_id(tokenizer, name) for name in RESERVED)
-    ids = tokenizers.encode(tokenizer, ["the fox"])[0].tolist()
-    assert tokenizers.decode(tokenizer, [eos, *ids, eos, pad, pad]) == "the fox"
-    assert tokenizers.decode(tokenizer, [*ids, unk]) == "the fox<unk>"
-    assert tokenizers.decode(tokenizer, []) == ""
-    # A model's vocabulary may be padded to more than the tokenizer's.
-    assert tokenizers.decode(tokenizer, [*ids, tokenizer.get_vocab_size() + 5]) == "the fox"
+def test_decoding_leaves_out_pad_and_eos_and_shows_unk(fitted, subtests: pytest.Subtests):
+    for kind, tokenizer in fitted.items():
+        with subtests.test(kind=kind().kind):
+            pad, eos, unk = (tokenizers.special_id(tokenizer, name) for name in RESERVED)
+            ids = tokenizers.encode(tokenizer, ["the fox"])[0].tolist()
+            assert tokenizers.decode(tokenizer, [eos, *ids, eos, pad, pad]) == "the fox"
+            assert tokenizers.decode(tokenizer, [*ids, unk]) == "the fox<unk>"
+            assert tokenizers.decode(tokenizer, []) == ""
+            # A model's vocabulary may be padded to more than the tokenizer's.
+            assert tokenizers.decode(tokenizer, [*ids, tokenizer.get_vocab_size() + 5]) == "the fox"
 
 
-def test_bytes_that_are_not_utf8_become_replacement_characters(kind, tokenizer):
-    half_an_emoji = tokenizers.encode(tokenizer, ["🙈"])[0][:-1]
-    if kind is not config.Char:
-        assert "\ufffd" in tokenizers.decode(tokenizer, half_an_emoji)
+def test_bytes_that_are_not_utf8_become_replacement_characters(fitted, subtests: pytest.Subtests):
+    for kind, tokenizer in fitted.items():
+        with subtests.test(kind=kind().kind):
+            if kind is not config.Char:
+                half_an_emoji = tokenizers.encode(tokenizer, ["🙈"])[0][:-1]
+                assert "\ufffd" in tokenizers.decode(tokenizer, half_an_emoji)
 
 
-def test_saved_and_loaded_it_encodes_and_decodes_the_same(tokenizer, tmp_path):
-    tokenizers.save(tokenizer, tmp_path / "tokenizer.json")
-    loaded = tokenizers.load(tmp_path / "tokenizer.json")
-    tokenizers.save(loaded, tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+def test_saved_and_loaded_it_encodes_and_decodes_the_same(
+    fitted, tmp_path, subtests: pytest.Subtests
+):
+    first, again = tmp_path / "tokenizer.json", tmp_path / "again.json"
     texts = [*SENTENCES, "never <eos> seen: ☃", "日本", "x##!", "a" * 300]
-    for before, after in zip(
-        tokenizers.encode(tokenizer, texts), tokenizers.encode(loaded, texts), strict=True
-    ):
-        np.testing.assert_array_equal(before, after)
-        assert tokenizers.decode(loaded, after) == tokenizers.decode(tokenizer, before)
-    for name in RESERVED:
-        assert tokenizers.special_id(loaded, name) == tokenizers.special_id(tokenizer, name)
+    for kind, tokenizer in fitted.items():
+        with subtests.test(kind=kind().kind):
+            tokenizers.save(tokenizer, first)
+            loaded = tokenizers.load(first)
+            tokenizers.save(loaded, again)
+            assert again.read_bytes() == first.read_bytes()
+            for before, after in zip(
+                tokenizers.encode(tokenizer, texts), tokenizers.encode(loaded, texts), strict=True
+            ):
+                np.testing.assert_array_equal(before, after)
+                assert tokenizers.decode(loaded, after) == tokenizers.decode(tokenizer, before)
+            for name in RESERVED:
+                assert tokenizers.special_id(loaded, name) == tokenizers.special_id(tokenizer, name)
 
 
-def test_the_order_of_documents_means_nothing(kind, tokenizer):
-    with pytest.MonkeyPatch.context() as patch:
-        TiktokenFiles.of(SENTENCES).install(patch)
-        again = tokenizers.fit(small(kind), (text for text in reversed(SENTENCES)))
-    assert again.to_str() == tokenizer.to_str()
+def test_the_order_of_documents_means_nothing(fitted, subtests: pytest.Subtests):
+    for kind, tokenizer in fitted.items():
+        with subtests.test(kind=kind().kind):
+            with pytest.MonkeyPatch.context() as patch:
+                TiktokenFiles.of(SENTENCES).install(patch)
+                again = tokenizers.fit(small(kind), (text for text in reversed(SENTENCES)))
+            assert again.to_str() == tokenizer.to_str()
 
 
 def test_the_vocabulary_is_as_large_as_asked_for_where_the_documents_allow_it(kind):
@@ -243,24 +264,23 @@ def test_a_forked_process_encodes_too_and_no_warning_is_printed():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path, subtests: pytest.Subtests):
+    cases = [
         b"",
         b"{}",
         b"not json",
         b"\xff\xfe",
         b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
         b'{"model": {"type": "BPE", "vocab": {"<pad>": 0, "<unk>": 1}, "merges": []}}',
-    ],
-)
-def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(content, tmp_path):
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="tokenizer") as error:
-        tokenizers.load(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+    ]
+    for content in cases:
+        with subtests.test(content=content):
+            path = tmp_path / "tokenizer.json"
+            path.write_bytes(content)
+            with pytest.raises(UserError, match="tokenizer") as error:
+                tokenizers.load(path)
+            assert str(path) in str(error.value)
+            assert "\n" not in str(error.value)
 
 
 def test_a_missing_tokenizer_is_refused_in_one_line(tmp_path):

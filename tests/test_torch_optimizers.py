@@ -83,26 +83,29 @@ def by_pytorch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray
     return theirs("optimizers", tmp_path_factory.mktemp("updates"), cases=cases, **drawn())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_update_is_pytorchs(case: str, by_pytorch: dict[str, np.ndarray]) -> None:
+def test_every_update_is_pytorchs(
+    by_pytorch: dict[str, np.ndarray], subtests: pytest.Subtests
+) -> None:
     given = drawn()
     rates = jnp.asarray(given["rates"])
-    optimizer = optimizers.optimizer(CASES[case], lambda count: rates[count], None)
-    params = {name: jnp.asarray(given[f"parameters/{name}"]) for name in SHAPES}
-    state = optimizer.init(params)
-    for step in range(STEPS):
-        gradient = {name: jnp.asarray(given[f"gradients/{name}"][step]) for name in SHAPES}
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        for name, array in params.items():
-            # float32: a rounding of numbers up to 3 at each of the steps, in another order.
-            np.testing.assert_allclose(
-                array,
-                by_pytorch[f"{case}/{name}"][step],
-                rtol=1e-5,
-                atol=5e-6,
-                err_msg=f"{name} after step {step}",
-            )
+    for case in CASES:
+        with subtests.test(case=case):
+            optimizer = optimizers.optimizer(CASES[case], lambda count: rates[count], None)
+            params = {name: jnp.asarray(given[f"parameters/{name}"]) for name in SHAPES}
+            state = optimizer.init(params)
+            for step in range(STEPS):
+                gradient = {name: jnp.asarray(given[f"gradients/{name}"][step]) for name in SHAPES}
+                updates, state = optimizer.update(gradient, state, params)
+                params = optax.apply_updates(params, updates)
+                for name, array in params.items():
+                    # float32: a rounding of numbers up to 3 at each of the steps, in another order.
+                    np.testing.assert_allclose(
+                        array,
+                        by_pytorch[f"{case}/{name}"][step],
+                        rtol=1e-5,
+                        atol=5e-6,
+                        err_msg=f"{name} after step {step}",
+                    )
 
 
 def test_tiny_gradients_have_a_say(by_pytorch: dict[str, np.ndarray]) -> None:

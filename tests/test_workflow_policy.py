@@ -25,21 +25,19 @@ GITHUB = REPOSITORY / ".github"
 NEGATIVES = Path(__file__).parent / "workflows" / "negatives"
 WORKFLOWS = {path.stem: policy.read(path) for path in sorted(GITHUB.glob("workflows/*.yml"))}
 
-every_workflow = pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
-
 
 def test_workflows_are_those_that_the_project_promises():
     assert set(WORKFLOWS) == {"train", "sweep", "gpu-status", "update", "ci"}
 
 
-@every_workflow
-def test_workflow_keeps_all_rules(workflow: policy.Workflow):
-    assert policy.findings(workflow) == []
+def test_workflow_keeps_all_rules(subtests: pytest.Subtests):
+    for name, workflow in WORKFLOWS.items():
+        with subtests.test(name):
+            assert policy.findings(workflow) == []
 
 
-@pytest.mark.parametrize(
-    ("file", "expected"),
-    [
+def test_fault_of_the_original_is_found(subtests: pytest.Subtests):
+    cases = [
         ("01-sweep", ["name .* does not run the task sweep", "call "]),
         ("02-update", ["checkout .*: git in a step", "checkout .*: a place outside", "call "]),
         ("03-update", ["S11 .*: a token in an address", "S11 .* git pushes to", "S1 .*write",
@@ -57,30 +55,30 @@ def test_workflow_keeps_all_rules(workflow: policy.Workflow):
                       "S4 .*token stays", "S4 .*something else", "S5 .*pull_request_target",
                       "S15 .*: . is uploaded", "S15 .*hidden", "S16 .*7200", "S16 .*not in the",
                       "order .*another order", "order .*: not done after a failure"]),
-    ],
-)  # fmt: skip
-def test_fault_of_the_original_is_found(file: str, expected: list[str]):
-    workflow = policy.read(NEGATIVES / f"{file}.yml")
-    found = policy.findings(replace(workflow, name=workflow.name.partition("-")[2]))
-    for pattern in expected:
-        assert any(re.match(pattern, finding) for finding in found), (pattern, found)
+    ]  # fmt: skip
+    for file, expected in cases:
+        with subtests.test(file=file):
+            workflow = policy.read(NEGATIVES / f"{file}.yml")
+            found = policy.findings(replace(workflow, name=workflow.name.partition("-")[2]))
+            for pattern in expected:
+                assert any(re.match(pattern, finding) for finding in found), (pattern, found)
 
 
 def test_every_negative_is_there():
     assert {path.stem[:2] for path in NEGATIVES.iterdir()} == {f"{n:02}" for n in range(1, 13)}
 
 
-@pytest.mark.parametrize("rule", policy.RULES, ids=lambda rule: rule.__name__)
-def test_rule_finds_something_in_the_negatives(rule):
+def test_rule_finds_something_in_the_negatives(subtests: pytest.Subtests):
     """A rule that never finds anything may be one that looks at nothing."""
-    negatives = [policy.read(path) for path in NEGATIVES.glob("*.yml")]
-    named = [replace(found, name=found.name.partition("-")[2]) for found in negatives]
-    assert [finding for workflow in named for finding in rule(workflow)]
+    for rule in policy.RULES:
+        with subtests.test(rule.__name__):
+            negatives = [policy.read(path) for path in NEGATIVES.glob("*.yml")]
+            named = [replace(found, name=found.name.partition("-")[2]) for found in negatives]
+            assert [finding for workflow in named for finding in rule(workflow)]
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "expected"),
-    [
+def test_one_changed_word_is_found(tmp_path: Path, subtests: pytest.Subtests):
+    cases = [
         ("permissions: {}", "permissions: {contents: read}", "S1 .*at the top"),
         ("contents: read", "contents: write", "S1 .*contents: write"),
         ("mainrun job check", 'mainrun job check "${{ inputs.config }}"', "S2 "),
@@ -109,14 +107,14 @@ def test_rule_finds_something_in_the_negatives(rule):
         ("job check", "job check && true", "call .*not one call"),
         ("job check", "job check || git reset --hard", "checkout .*git in a step"),
         ("INPUT_TASK: train", "INPUT_TASK: sweep", "name .*does not run the task train"),
-    ],
-)  # fmt: skip
-def test_one_changed_word_is_found(tmp_path: Path, before: str, after: str, expected: str):
-    text = WORKFLOWS["train"].text
-    assert before in text
-    path = tmp_path / "train.yml"
-    path.write_text(text.replace(before, after))
-    assert [found for found in policy.findings(policy.read(path)) if re.match(expected, found)]
+    ]  # fmt: skip
+    text, path = WORKFLOWS["train"].text, tmp_path / "train.yml"
+    for before, after, expected in cases:
+        with subtests.test(before=before, after=after):
+            assert before in text
+            path.write_text(text.replace(before, after))
+            findings = policy.findings(policy.read(path))
+            assert any(re.match(expected, finding) for finding in findings), findings
 
 
 def test_faults_of_a_search_space_are_found():
@@ -127,11 +125,12 @@ def test_faults_of_a_search_space_are_found():
     assert [finding for finding in found if "864 points" in finding]
 
 
-@pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "config" / "sweep").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_search_space_means_to_wandb_what_it_means_to_us(path: Path):
-    assert policy.sweep_findings(yaml.safe_load(path.read_text())) == []
+def test_search_space_means_to_wandb_what_it_means_to_us(subtests: pytest.Subtests):
+    paths = sorted((REPOSITORY / "config" / "sweep").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        with subtests.test(path.stem):
+            assert policy.sweep_findings(yaml.safe_load(path.read_text())) == []
 
 
 def test_faults_of_a_container_are_found():
@@ -164,24 +163,25 @@ def calls() -> list[tuple[str, list[str]]]:
     ]
 
 
-@pytest.mark.parametrize(("place", "words"), calls(), ids=[place for place, _ in calls()])
-def test_command_of_a_step_exists(place: str, words: list[str]):
-    match words:
-        case [".venv-host/bin/mainrun", *arguments]:
-            options, unknown = cli._parser().parse_known_args(arguments)
-            assert unknown == []
-            assert callable(options.call)
-        case ["python3", script, what]:
-            done = subprocess.run(
-                [sys.executable, REPOSITORY / script, "no such thing"],
-                capture_output=True, text=True,
-            )  # fmt: skip
-            assert done.returncode == 2
-            assert what in done.stderr.replace(",", " ").split()
-        case [script]:
-            assert (REPOSITORY / script).stat().st_mode & 0o111
-        case _:
-            pytest.fail(f"{place}: {words}")
+def test_command_of_a_step_exists(subtests: pytest.Subtests):
+    for place, words in calls():
+        with subtests.test(place):
+            match words:
+                case [".venv-host/bin/mainrun", *arguments]:
+                    options, unknown = cli._parser().parse_known_args(arguments)
+                    assert unknown == []
+                    assert callable(options.call)
+                case ["python3", script, what]:
+                    done = subprocess.run(
+                        [sys.executable, REPOSITORY / script, "no such thing"],
+                        capture_output=True, text=True,
+                    )  # fmt: skip
+                    assert done.returncode == 2
+                    assert what in done.stderr.replace(",", " ").split()
+                case [script]:
+                    assert (REPOSITORY / script).stat().st_mode & 0o111
+                case _:
+                    pytest.fail(f"{place}: {words}")
 
 
 def test_every_call_of_a_task_names_one_that_there_is():
