@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from pydantic import TypeAdapter
 
 from mainrun import complaints, config, yaml12
@@ -48,9 +47,9 @@ def test_base_yaml_gives_other_kinds_their_true_defaults() -> None:
     A class of several kinds (the dense MLPs) is stated once.
     """
     text = (ROOT / "base.yaml").read_text()
-    stated = list(mappings(yaml.load(text, Loader=yaml12._Loader)))
+    stated = list(mappings(yaml12.parse(text)))
     for block in commented(text):
-        stated += mappings(yaml.load(block, Loader=yaml12._Loader))
+        stated += mappings(yaml12.parse(block))
     for cls in variants():
         of_kind = [s for s in stated if s.get("kind") in (complaints.kinds_of(cls) or (None,))]
         names = {field.name for field in dataclasses.fields(cls)}
