@@ -110,27 +110,34 @@ def test_the_original_assessments_figure_skips_its_tail() -> None:
     assert found["val/loss_mainrun"] == pytest.approx(nll[counted].sum() / characters)
 
 
-@pytest.mark.parametrize(("batch_size", "context"), [(64, 128), (256, 256)])
 def test_coverage_falls_with_batch_times_context_as_the_arithmetic_says(
-    batch_size: int, context: int
+    subtests: pytest.Subtests,
 ) -> None:
-    tokens = 140_000
-    seen = evaluate._seen_by_mainrun(tokens, batch_size, context)
-    span, scored_tokens, place = batch_size * context + 1, 0, 0
-    while place + span <= tokens:  # the original's loop
-        scored_tokens += batch_size * context
-        place += span
-    assert seen.sum() == scored_tokens
+    every = evaluate.Scored(np.ones(140_000), balance=0.0)
+    for batch_size, context in [(64, 128), (256, 256)]:
+        with subtests.test(batch_size=batch_size, context=context):
+            found = evaluate.metrics(every, text(), batch_size=batch_size, context_length=context)
+            span, scored_tokens, place = batch_size * context + 1, 0, 0
+            while place + span <= 140_000:  # the original's loop
+                scored_tokens += batch_size * context
+                place += span
+            assert found["val/coverage_mainrun"] == pytest.approx(scored_tokens / 140_000, rel=1e-9)
 
 
 def test_the_standard_error_is_the_spread_over_redrawn_documents() -> None:
     draw = np.random.default_rng(0)
     characters = draw.integers(20, 80, 400)
     nats = characters * draw.normal(1.5, 0.2, 400)
-    ours = evaluate._standard_error(nats, characters)
+    ones = np.ones(400, np.int64)  # token and byte of each document
+    found = evaluate.metrics(
+        evaluate.Scored(nats, balance=0.0),
+        evaluate.Text(text().windows, ones, characters, ones),
+        batch_size=1,
+        context_length=10,
+    )
     again = draw.integers(0, 400, (4000, 400))  # the bootstrap
     spread = (nats[again].sum(1) / characters[again].sum(1)).std()
-    assert ours == pytest.approx(spread, rel=0.05)
+    assert found["val/loss_stderr"] == pytest.approx(spread, rel=0.05)
 
 
 def test_an_evaluation_can_be_given_up_between_batches(model: tuple) -> None:
