@@ -484,12 +484,12 @@ def test_smoke_test_of_a_missing_image_is_refused(engine):
 @pytest.fixture
 def names_kept(engine: docker.DockerClient) -> Iterator[None]:
     """`mainrun:current` and `mainrun:previous` stand where they stood when the test is over."""
-    before = {tag: images._find(engine, f"mainrun:{tag}") for tag in ("current", "previous")}
+    before = {tag: engine.images.list(f"mainrun:{tag}") for tag in ("current", "previous")}
     yield
-    for tag, image in before.items():
-        if image is not None:
-            image.tag("mainrun", tag)
-        elif images._find(engine, f"mainrun:{tag}") is not None:
+    for tag, found in before.items():
+        if found:
+            found[0].tag("mainrun", tag)
+        elif engine.images.list(f"mainrun:{tag}"):
             remove(f"mainrun:{tag}")
 
 
