@@ -163,8 +163,14 @@ def test_dropout_is_on_changes_with_the_step_and_repeats() -> None:
 
 
 def test_examples_of_a_batch_have_masks_of_their_own() -> None:
-    keys = steps._example_keys(jnp.array([1, 2], jnp.uint32), jnp.asarray(3), 100)
-    assert len({tuple(key) for key in np.asarray(keys)}) == 100
+    """Of rows with the same text, each alone costs what its mask makes of it."""
+    step, state, _ = make(dropout=0.5)
+    alike = Batch(*(np.repeat(array, 8, axis=0) for array in some_batch(rows=1)))
+    losses = {
+        float(step(state, alike._replace(weights=alike.weights * row[:, None]))[1].loss)
+        for row in np.eye(8, dtype=np.float32)
+    }
+    assert len(losses) == 8
 
 
 def test_ten_steps_compile_once_and_lower_the_loss() -> None:
