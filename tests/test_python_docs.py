@@ -1,6 +1,6 @@
 """Holds the standard library's docstrings to whole sentences, each once, read without executing."""
 
-import sysconfig
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,17 @@ def cache_folder(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MAINRUN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
-def test_the_first_sentence_of_a_docstring(subtests: pytest.Subtests):
+def library(folder: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """These files, as those of the running Python."""
+    for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source)
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda _: str(folder))
+
+
+def test_the_first_sentence_of_a_docstring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+):
     cases = [
         ("Return the sum of a and b.", "Return the sum of a and b."),
         ("Return the sum\n    of a and b", None),
@@ -32,9 +42,10 @@ def test_the_first_sentence_of_a_docstring(subtests: pytest.Subtests):
         ("Word " * 60 + "end.", None),
         ("", None),
     ]
-    for docstring, sentence in cases:
+    for number, (docstring, sentence) in enumerate(cases):
         with subtests.test(docstring=docstring):
-            assert python_docs._first_sentence(docstring) == sentence
+            library(tmp_path / str(number), {"a.py": repr(docstring)}, monkeypatch)
+            assert python_docs.read() == ([sentence] if sentence else [])
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +65,6 @@ def test_python_docs_are_thousands_of_different_sentences(sentences):
         assert sentence[-1] in ".!?"
         assert " ".join(sentence.split()) == sentence
         assert 10 < len(sentence) <= 201
-
-
-def test_no_docstrings_of_tests_or_of_installed_packages():
-    root = Path(sysconfig.get_path("stdlib"))
-    folders = {p.relative_to(root).parts[:-1] for p in python_docs._python_files(root)}
-    assert ("json",) in folders
-    assert not [f for f in folders if {"test", "tests", "site-packages", "idlelib"} & set(f)]
 
 
 LIBRARY = {
@@ -92,6 +96,9 @@ x = "No docstring at all."
     "broken.py": '"""Sentence of a broken file."""\ndef (',
     "sub/d.py": '"""Sentence one of d."""',
     "test/t.py": '"""Sentence of a test."""',
+    "sub/tests/t.py": '"""Sentence of another test."""',
+    "idlelib/i.py": '"""Sentence of the editor."""',
+    "site-packages/s.py": '"""Sentence of an installed package."""',
     "z.py": '"""Sentence one of z."""',
     "z.txt": '"""Sentence of a text."""',
 }
@@ -100,24 +107,21 @@ x = "No docstring at all."
 def test_python_docs_of_a_small_library_are_in_order_and_none_of_it_is_executed(
     tmp_path, monkeypatch
 ):
-    for name, source in LIBRARY.items():
-        path = tmp_path / "library" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source)
-    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda _: str(tmp_path / "library"))
+    library(tmp_path / "library", LIBRARY, monkeypatch)
     in_b = [f"Sentence {n} of b." for n in ("one", "two", "three", "four", "five")]
     others = ["Sentence one of z.", "Sentence one of d."]  # files of a folder before its folders
     assert python_docs.read() == ["Sentence one of a.", *in_b, *others]
 
 
 def test_python_docs_are_read_again_when_a_file_changes(tmp_path, monkeypatch):
-    (tmp_path / "a.py").write_text('"""First of the two."""')
-    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda _: str(tmp_path))
+    file = tmp_path / "library" / "a.py"
+    library(file.parent, {"a.py": '"""First of the two."""'}, monkeypatch)
     assert python_docs.read() == ["First of the two."]
-    with monkeypatch.context() as patch:
-        patch.setattr(python_docs, "_docstrings", lambda _: pytest.fail("read again"))
-        assert python_docs.read() == ["First of the two."]
-    (tmp_path / "a.py").write_text('"""Another of the two."""')
+    before = file.stat()
+    file.write_text('"""Other of the two."""')
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if it had not changed
+    assert python_docs.read() == ["First of the two."]
+    file.write_text('"""Another of the two."""')
     assert python_docs.read() == ["Another of the two."]
 
 
