@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from mainrun.analysis import comparison, comparison_plots, figures, run_folder, significance
 from mainrun.analysis.document import Document, Heading, pictures
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.medium
 @pytest.fixture(autouse=True)
 def _pictures(request, monkeypatch):
     if "real_pictures" not in request.fixturenames:
-        monkeypatch.setattr(figures, "_png", lambda figure: A_PNG)
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(A_PNG))
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from mainrun.analysis import figures, run_folder, run_report
+from mainrun.analysis import run_folder, run_report
 from mainrun.analysis.document import Code, Details, Listing, Table, pictures
 from mainrun.analysis.document_html import html
 from mainrun.analysis.document_markdown import markdown
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.medium
 @pytest.fixture(autouse=True)
 def _pictures(request, monkeypatch):
     if "real_pictures" not in request.fixturenames:
-        monkeypatch.setattr(figures, "_png", lambda figure: A_PNG)
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(A_PNG))
 
 
 @pytest.fixture

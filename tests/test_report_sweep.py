@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from mainrun.analysis import ablation, figures, run_folder, sweep_plots, sweep_report, trials
+from mainrun.analysis import ablation, run_folder, sweep_plots, sweep_report, trials
 from mainrun.analysis.document import pictures
 from mainrun.analysis.document_html import html
 from mainrun.analysis.document_markdown import markdown
@@ -28,7 +29,7 @@ DROPOUT = {"distribution": "q_uniform", "q": 0.1, "min": 0.0, "max": 0.3}
 @pytest.fixture(autouse=True)
 def _pictures(request, monkeypatch):
     if "real_pictures" not in request.fixturenames:
-        monkeypatch.setattr(figures, "_png", lambda figure: A_PNG)
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(A_PNG))
 
 
 @pytest.fixture
