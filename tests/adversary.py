@@ -22,8 +22,8 @@ _swaps: list[tuple[str, Callable[[], None]]] = []
 
 
 def _at_open(event: str, arguments: tuple) -> None:
-    """Python calls it before each `open` of the process: there swaps are made."""
-    if event == "open" and _swaps and arguments[0] == _swaps[0][0]:
+    """Python calls it before each `open` and `flock` of the process: there swaps are made."""
+    if _swaps and _swaps[0][0] == (arguments[0] if event == "open" else event):
         _, swap = _swaps.pop(0)
         swap()
 
@@ -35,7 +35,10 @@ def watch_every_open() -> None:
 
 @contextlib.contextmanager
 def swapping(name: str, swap: Callable[[], None], *, time: int = 1) -> Iterator[None]:
-    """Inside, just before a path of this name is opened for the n-th time, something is done."""
+    """Inside, just before a path of this name is opened for the n-th time, something is done.
+
+    With the name `fcntl.flock`, before any file is locked, which is open by then.
+    """
     watch_every_open()
     _swaps.extend([(name, lambda: None)] * (time - 1) + [(name, swap)])
     try:

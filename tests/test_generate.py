@@ -79,7 +79,7 @@ def left(logits: jax.Array, **options: float) -> list[int]:
 
 
 def test_prompts_of_different_lengths_read_as_each_alone(model: tuple) -> None:
-    prompts = np.array([[3, 4, 5, 6, 7], [8, 9, 0, 0, 0], [2, 3, 4, 0, 0]])
+    prompts = np.array([[3, 4, EOS, 6, 7], [8, 9, 0, 0, 0], [2, 3, 4, 0, 0]])
     lengths = np.array([5, 2, 3], np.int32)
     options = {"max_tokens": 4, "eos_id": EOS, "temperature": 0.0}
     key = jax.random.key(0)

@@ -1,6 +1,5 @@
 """GPU and job locks: between processes, released by death, never left behind."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 
 from mainrun import locks
 from mainrun.errors import UserError
+from tests.adversary import swapping
 
 HOLDER = """
 import sys
@@ -109,11 +109,19 @@ def test_no_file_is_left_behind(tmp_path: Path):
 
 def test_a_removed_file_is_not_a_lock(tmp_path: Path, holder):
     """Who opened the file before its holder removed it must not believe to hold the new one."""
-    process = holder("gpu-0")
-    late = os.open(tmp_path / "gpu-0", os.O_RDWR)
-    process.communicate()
-    assert not locks._is_still(tmp_path / "gpu-0", late)
-    os.close(late)
+    first = holder("gpu-0")
+
+    def another_takes_it() -> None:
+        first.communicate()
+        holder("gpu-0")
+
+    with (
+        swapping("fcntl.flock", another_takes_it),
+        pytest.raises(UserError, match="gpu-0 is in use by job 7"),
+        locks.held(tmp_path, ["gpu-0"], who="me"),
+    ):
+        pass
+    assert locks.is_held(tmp_path, "gpu-0")
 
 
 def test_folder_that_cannot_be_made_is_told(tmp_path: Path):

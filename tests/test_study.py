@@ -1,5 +1,7 @@
 """Which trial comes next, against closed forms; and a journal that survives whatever kills it."""
 
+import contextlib
+import fcntl
 import json
 import math
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 from mainrun.errors import RunFailed, UserError
 from mainrun.sweep.distribution import Choices, Distribution, Fixed, Integers, Interval, Multiples
 from mainrun.sweep.hyperband import Hyperband
+from mainrun.sweep.journal import Journal
 from mainrun.sweep.metric import Goal, Metric
 from mainrun.sweep.sampler import next_values
 from mainrun.sweep.search_space import Method, SearchSpace
@@ -263,6 +266,14 @@ def test_a_study_that_is_pruned_compares_trials_at_the_bands(tmp_path: Path):
     assert study.report(third, 5, 2.5) is None, "the better one"
     assert study.report(third, 5, 2.5) is None, "an evaluation made again after a stop"
     assert study.trials()[1].outcome.status == "pruned"
+
+
+def test_one_process_at_a_time_writes_the_journal(tmp_path: Path):
+    path = tmp_path / "study.journal"
+    with contextlib.closing(Journal(path)) as journal, path.open() as other:
+        with journal.exclusively(), pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_the_half_line_of_a_killed_process_is_cut_and_the_study_goes_on(tmp_path: Path):

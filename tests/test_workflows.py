@@ -319,6 +319,22 @@ def test_a_container_that_outlives_its_job_is_cleared_away_by_the_next(
     assert machine.left_behind() == []
 
 
+def test_a_strays_last_word_is_shown_without_secrets(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def program(process: Process) -> int:
+        process.wait_for_stop()
+        process.say(f"mainrun: failed: {SECRET} is refused")
+        return 1
+
+    machine.engine.place({"mainrun.job": "5-1", "mainrun.task": "train"}, program=program)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    machine.steps(monkeypatch)
+    shown = capsys.readouterr().out
+    assert "[WANDB_API_KEY] is refused" in shown
+    assert SECRET not in shown
+
+
 def test_a_job_whose_runner_dies_stops_and_saves(machine: Machine):
     """Nobody signals it. Going on would keep the GPU from everybody, and nobody would see it."""
     machine.engine.add_image(f"mainrun:{machine.source.sha}")
