@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mainrun import config as configs
+from mainrun import run_config
 from mainrun.config import Config
 from mainrun.data import tokenizers
 from mainrun.environment import write_environment
@@ -93,16 +94,9 @@ def base_reference(run_dir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
-    """The run's config with overrides. Raises UserError where there is no run."""
-    if not (run_dir / "config.yaml").is_file() or not (run_dir / "tokenizer.json").is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no config.yaml and tokenizer.json")
-    return configs.load(run_dir / "config.yaml", overrides)
-
-
 def config_to_resume(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """The same, and a UserError for an override of what resuming cannot change."""
-    before, after = stored_config(run_dir), stored_config(run_dir, overrides)
+    """The run's config with overrides. Raises UserError for one of what resuming cannot change."""
+    before, after = run_config.load(run_dir), run_config.load(run_dir, overrides)
     # The data may have moved; that it is the same is checked by its fingerprint.
     moved = replace(before, data=replace(before.data, source=after.data.source))
     for path in _FIXED:

@@ -164,15 +164,22 @@ def opened(
                     saved.set_aside_after(restored.step)
                 for reason in damaged:
                     tracker.log("warning", message=f"damaged checkpoint set aside: {reason}")
-                tracker.log("resumed", step, overrides=list(prepared.overrides), damaged=damaged)
+                tracker.log(
+                    "resumed",
+                    step,
+                    overrides=list(prepared.overrides),
+                    damaged=damaged,
+                    total_steps=joined.plan.total_steps,
+                    device=backend.describe_device(),
+                    precision=config.training.precision,
+                )
                 _write_environment(prepared, run_dir)
             if joined.network.kernel.warning is not None:
                 tracker.log("warning", message=joined.network.kernel.warning)
         cluster.wait_for_all()
         if not cluster.is_first():
             saved = stack.enter_context(Checkpoints(checkpoints, read_only=True))
-        again = resume_command(run_dir, prepared.overrides or ())
-        run = LiveRun(config, joined, tracker, saved, stopping, again, watch)
+        run = LiveRun(config, joined, tracker, saved, stopping, resume_command(run_dir), watch)
         with memory.explained(compilation.step_bytes, config, joined.network.vocab_size):
             state = restored.state if restored else initial(config, joined, base)
             if prepared.overrides is None:

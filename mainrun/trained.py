@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from mainrun import folder, parts
+from mainrun import folder, parts, run_config
 from mainrun.config import Config
 from mainrun.data import tokenizers
 from mainrun.errors import UserError
@@ -67,7 +67,7 @@ def load(
     `average` takes the average of the weights, best by its own loss. Raises UserError where there
     is none.
     """
-    config = folder.stored_config(run_dir, overrides)
+    config = run_config.load(run_dir, overrides)
     if average and config.training.weight_average is None:
         raise UserError(
             f"{run_dir} keeps no average of its weights: train with "
@@ -106,7 +106,7 @@ def load_base(config: Config) -> Base | None:
             f"training.init_from={run_dir} is no run folder: it has no config.yaml and "
             "tokenizer.json; name the folder that `mainrun train` made"
         )
-    check_same_architecture(config, folder.stored_config(run_dir))
+    check_same_architecture(config, run_config.load(run_dir))
     base = _base(run_dir, None)
     # Only to hear of adapters that fit nowhere before the corpus is read, which can take minutes.
     parts.build_network(config, base.tokenizer.get_vocab_size())
@@ -118,7 +118,7 @@ def base_to_resume(config: Config, run_dir: Path) -> Base | None:
 
     Where an override names it, it is found all the same, so that a wrong name is told.
     """
-    is_named_anew = config.training.init_from != folder.stored_config(run_dir).training.init_from
+    is_named_anew = config.training.init_from != run_config.load(run_dir).training.init_from
     if config.model.lora is None and not is_named_anew:
         return None
     return find_base(config, run_dir)
@@ -133,9 +133,9 @@ def find_base(config: Config, run_dir: Path) -> Base:
     if reference is None:
         raise UserError(f"{run_dir} has no {folder.BASE}: training did not start from another run")
     was = Path(reference["run_dir"])
-    stored = folder.stored_config(run_dir).training.init_from
-    places = [was, Path(stored or was), run_dir.resolve().parent / was.name]
-    if config.training.init_from != stored:
+    first_day = run_config.sources(run_dir)[0].load().training.init_from
+    places = [was, Path(first_day or was), run_dir.resolve().parent / was.name]
+    if config.training.init_from != first_day:
         places = [Path(str(config.training.init_from))]
     others = (place for place in places if place.resolve() != run_dir.resolve())
     found = next(filter(_is_run, others), None)

@@ -326,6 +326,7 @@ def test_a_base_elsewhere_is_found_by_the_setting(moved: Callable[..., Path]) ->
     elsewhere = run_dir.parent.parent / "elsewhere"
     assert trained.load(run_dir, [f"training.init_from={elsewhere}"]).step == 24
     call("resume", run_dir, "training.max_steps=25", f"training.init_from={elsewhere}")
+    assert mainrun.load(run_dir, checkpoint="newest").step == 25
 
 
 def test_a_stored_relative_path_leads_to_it_from_the_same_folder(

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from mainrun import config as configs
-from mainrun import folder
+from mainrun import run_config
 from mainrun.config import Config
 from mainrun.errors import UserError
 from mainrun.model.gpt import Network, num_parameters
@@ -60,7 +60,7 @@ def read(folders: Sequence[Path]) -> Found:
     left_out: list[tuple[str, str]] = []
     first: Config | None = None
     for run_dir in dict.fromkeys(_run_dirs(folders)):
-        config = folder.stored_config(run_dir)
+        config = run_config.load(run_dir)
         first = first or config
         _check_comparable(first, config, run_dir)
         found = _run(run_dir, config)

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from mainrun import config as configs
-from mainrun import folder
+from mainrun import run_config
 from mainrun.config import Config
 from mainrun.data import sources
 from mainrun.errors import UserError
@@ -135,7 +135,7 @@ def _best_trial(sweep: Path) -> Path:
 
 
 def _run(run_dir: Path) -> Evidence:
-    config = folder.stored_config(run_dir)
+    config = run_config.load(run_dir)
     events = read_events(run_dir / "events.jsonl")
     told = read_result(run_dir, events)
     name = run_dir.resolve().name
