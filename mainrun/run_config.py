@@ -6,9 +6,11 @@ file that could tell another story than the record.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mainrun import config as configs
 from mainrun import yaml12
 from mainrun.config import Config, Source
 from mainrun.errors import UserError
@@ -16,10 +18,9 @@ from mainrun.record import read_events
 
 
 class Change(NamedTuple):
-    """What a resume said otherwise than the run before it."""
+    """What a resume said, and the step from which on it holds."""
 
     step: int
-    """From which on it holds."""
     overrides: list[str]
 
 
@@ -33,11 +34,16 @@ def load(
 
     Raises UserError where there is no run, or its settings can no longer be read.
     """
-    return sources(run_dir, events)[-1].load(overrides)
+    return history(run_dir, events)[-1][1].load(overrides)
 
 
-def sources(run_dir: Path, events: Iterable[Mapping[str, Any]] | None = None) -> list[Source]:
-    """The run's settings on its first day, and after each resume that changed some."""
+def history(
+    run_dir: Path, events: Iterable[Mapping[str, Any]] | None = None
+) -> list[tuple[Change, Source]]:
+    """The run's settings on its first day, and after each resume that said some.
+
+    Raises UserError where there is no run.
+    """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run folder: it has no config.yaml and tokenizer.json")
@@ -46,10 +52,27 @@ def sources(run_dir: Path, events: Iterable[Mapping[str, Any]] | None = None) ->
         events = read_events(record) if record.is_file() else ()
     # It states everything. One that names a parent was not written by us, and the parent may be any
     # file of the host's, where this is read for the job's page.
-    told = [Source(*yaml12.read(path))]
+    stages = [(Change(0, []), Source(*yaml12.read(path)))]
     for change in changes(events):
-        told.append(told[-1].with_overrides(change.overrides))
-    return told
+        stages.append((change, stages[-1][1].with_overrides(change.overrides)))
+    return stages
+
+
+def moved(run_dir: Path, events: Iterable[Mapping[str, Any]] | None = None) -> list[str]:
+    """What resumes changed that can move a result: no single config is that of such a run.
+
+    Each as `training.max_steps=44 from step 40`. Raises UserError as `load` does.
+    """
+    effects = [
+        (change.step, {path: v for path, v in _leaves(source).items() if _is_effect(path)})
+        for change, source in history(run_dir, events)
+    ]
+    return [
+        f"{path}={value} from step {step}"
+        for (_, before), (step, after) in pairwise(effects)
+        for path, value in after.items()
+        if path not in before or before[path] != value
+    ]
 
 
 def changes(events: Iterable[Mapping[str, Any]]) -> list[Change]:
@@ -59,3 +82,12 @@ def changes(events: Iterable[Mapping[str, Any]]) -> list[Change]:
         for event in events
         if event["event"] == "resumed" and event.get("overrides")
     ]
+
+
+def _leaves(source: Source) -> dict[str, Any]:
+    return configs.leaves(configs.as_dict(source.load()))
+
+
+def _is_effect(path: str) -> bool:
+    """A place is none here: a resume reads only what the run knows again by its fingerprint."""
+    return configs.is_effect(path) and not configs.is_place(path)

@@ -133,7 +133,7 @@ def find_base(config: Config, run_dir: Path) -> Base:
     if reference is None:
         raise UserError(f"{run_dir} has no {folder.BASE}: training did not start from another run")
     was = Path(reference["run_dir"])
-    first_day = run_config.sources(run_dir)[0].load().training.init_from
+    first_day = run_config.history(run_dir)[0][1].load().training.init_from
     places = [was, Path(first_day or was), run_dir.resolve().parent / was.name]
     if config.training.init_from != first_day:
         places = [Path(str(config.training.init_from))]

@@ -30,7 +30,10 @@ class Run:
     result: Mapping[str, Any]
     """As `summary.json` has it; its status may also be `running`."""
     settings: Mapping[str, Any]
-    """By dotted path; none where the config cannot be read."""
+    """By dotted path, with what resumes changed: such a run is no run of its last config alone.
+
+    None where the config cannot be read.
+    """
     environment: Mapping[str, Any]
 
     @property
@@ -123,7 +126,10 @@ def _is_being_written(record: Path) -> bool:
 
 def _settings(folder: Path, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     try:
-        return config.leaves(config.as_dict(run_config.load(folder, events=events)))
+        settings = config.leaves(config.as_dict(run_config.load(folder, events=events)))
+        if moved := run_config.moved(folder, events):
+            settings["changed on resume"] = ", ".join(moved)
+        return settings
     except UserError:  # of another version, perhaps: then as it is written
         with contextlib.suppress(UserError):
             return config.leaves(yaml12.read(folder / "config.yaml")[0])

@@ -223,9 +223,6 @@ def _settings(run: Run) -> Iterator[Block]:
         yield Table(["setting", "here", "there"], rows)
     else:
         yield Paragraph(("All as in ", Code("config/base.yaml"), "."))
-    for change in run.result["changes"]:
-        words = Code(shlex.join(change["overrides"]))
-        yield Paragraph(("Changed on resume: ", words, f", from step {change['step']:,}."))
     try:
         text = (run.folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError:

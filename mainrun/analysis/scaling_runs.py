@@ -99,6 +99,8 @@ def _run(run_dir: Path, config: Config) -> Run | str:
     told = read_result(run_dir, events)
     if told["status"] != "finished":
         return f"{told['status']}, not finished"
+    if moved := run_config.moved(run_dir, events):
+        return f"resumed with {', '.join(moved)}"
     losses = [r["val/nats_per_token"] for r in metrics(events) if "val/nats_per_token" in r]
     if not losses or not math.isfinite(losses[-1]):
         return "its last loss is no number"
