@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mainrun import config as configs
-from mainrun import yaml12
+from mainrun import fingerprint, yaml12
 from mainrun.config import Config, Source
 from mainrun.errors import UserError
 from mainrun.record import read_events
@@ -32,9 +32,19 @@ def load(
 ) -> Config:
     """The run's config as it is now, with these overrides; `events` are its record, if it is read.
 
-    Raises UserError where there is no run, or its settings can no longer be read.
+    Raises UserError where there is no run, its settings can no longer be read, or they are not what
+    it was trained with.
     """
-    return history(run_dir, events)[-1][1].load(overrides)
+    return _checked(run_dir, events).load(overrides)
+
+
+def load_to_resume(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """The same. Raises UserError, moreover, for an override of what a run cannot change."""
+    source = _checked(run_dir, None)
+    changed = source.with_overrides(overrides)
+    was = fingerprint.fixed(_leaves(source))
+    fingerprint.check_same(_leaves(changed), was, changed.origins, run_dir)
+    return changed.load()
 
 
 def history(
@@ -82,6 +92,13 @@ def changes(events: Iterable[Mapping[str, Any]]) -> list[Change]:
         for event in events
         if event["event"] == "resumed" and event.get("overrides")
     ]
+
+
+def _checked(run_dir: Path, events: Iterable[Mapping[str, Any]] | None) -> Source:
+    """The settings as they are now. UserError where they are not what the run was trained with."""
+    _, source = history(run_dir, events)[-1]
+    fingerprint.check_settings(run_dir, _leaves(source), source.origins)
+    return source
 
 
 def _leaves(source: Source) -> dict[str, Any]:

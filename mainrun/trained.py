@@ -74,7 +74,7 @@ def load(
             "training.weight_average.kind=ema"
         )
     backend.prepare()
-    tokenizer = tokenizers.load(run_dir / "tokenizer.json")
+    tokenizer = folder.tokenizer(run_dir)
     network = parts.build_network(config, tokenizer.get_vocab_size())
     like = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     frozen: Params = {}

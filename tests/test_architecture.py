@@ -36,7 +36,7 @@ LAYERS = [
         "host",
         "child",
         "tracking + wandb_run + record + console + result + summary + plots + chart + markdown"
-        " + run_config",
+        " + run_config + fingerprint",
     ],
     ["containers", "sweep_details"],
     ["request", "ending"],

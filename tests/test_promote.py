@@ -229,8 +229,8 @@ def test_runs_of_different_configs_are_refused_by_the_setting(
 ):
     other = copied(runs[1], tmp_path, lambda events: events)
     text = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(text.replace("dropout: 0.2", "dropout: 0.3"))
-    assert "`model.dropout` is 0.2 and 0.3" in refusal(runs[0], other, "x")
+    (other / "config.yaml").write_text(text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
+    assert "`training.grad_clip` is 1.0 and 2.0" in refusal(runs[0], other, "x")
 
 
 @pytest.mark.slow

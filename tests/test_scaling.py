@@ -129,6 +129,7 @@ def study(finished_run: Path, tmp_path: Path) -> Callable[..., Path]:
         for old, new in texts.items():
             text = text.replace(*(f"{old}: {value}" for value in new.split("→")))
         (trial / "config.yaml").write_text(text)
+        (trial / "environment.json").unlink()  # it says what the run was trained with
         record = trial / "events.jsonl"
         events = [json.loads(line) for line in record.read_text().splitlines()]
         last = max(e["step"] for e in events if e["event"] == "evaluation")

@@ -130,9 +130,10 @@ def _settings(folder: Path, events: Sequence[Mapping[str, Any]]) -> dict[str, An
         if moved := run_config.moved(folder, events):
             settings["changed on resume"] = ", ".join(moved)
         return settings
-    except UserError:  # of another version, perhaps: then as it is written
+    except UserError as error:  # edited, or of another version: then as it is written
         with contextlib.suppress(UserError):
-            return config.leaves(yaml12.read(folder / "config.yaml")[0])
+            settings = config.leaves(yaml12.read(folder / "config.yaml")[0])
+            return settings | {"config.yaml": str(error)}
     return {}
 
 
