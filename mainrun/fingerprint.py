@@ -64,9 +64,12 @@ def check_tokenizer(run_dir: Path) -> None:
             )
 
 
-def check_data(run_dir: Path, source: str, now: str) -> None:
-    """UserError where documents of this fingerprint are not what the run was trained on."""
-    known = [(place, was["data"]) for place, was in _recorded(run_dir) if "data" in was]
+def check_data(run_dir: Path, source: str, now: str, otherwise: str = "") -> None:
+    """UserError where documents of this fingerprint are not what the run was trained on.
+
+    `otherwise` is what else there is to do about it.
+    """
+    known = _data(run_dir)
     if not known:
         raise UserError(
             f"nothing in {run_dir} says what data it was trained on: put its environment.json back"
@@ -75,8 +78,17 @@ def check_data(run_dir: Path, source: str, now: str) -> None:
         if was != now:
             raise UserError(
                 f"data.source={source} is not what {place} was trained on (fingerprint "
-                f"{now[:12]}, not {was[:12]}): say where that is with data.source"
+                f"{now[:12]}, not {was[:12]}): say where that is with data.source{otherwise}"
             )
+
+
+def is_data(run_dir: Path, now: str) -> bool:
+    """Whether the run is known to be trained on documents of this fingerprint."""
+    return now in dict(_data(run_dir)).values()
+
+
+def _data(run_dir: Path) -> list[tuple[Path, str]]:
+    return [(place, was["data"]) for place, was in _recorded(run_dir) if "data" in was]
 
 
 def _recorded(run_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -5,7 +5,7 @@ with it. What a resume said stands in the record with the step it was said at, s
 file that could tell another story than the record.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,18 +33,15 @@ def load(
     """The run's config as it is now, with these overrides; `events` are its record, if it is read.
 
     Raises UserError where there is no run, its settings can no longer be read, or they are not what
-    it was trained with.
+    it was trained with; and for an override that would make another run of it, with another network
+    or another text. Where nothing is trained, the size of the batch does not.
     """
-    return _checked(run_dir, events).load(overrides)
+    return _load(run_dir, overrides, events, free={"training.batch_size"})
 
 
 def load_to_resume(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """The same. Raises UserError, moreover, for an override of what a run cannot change."""
-    source = _checked(run_dir, None)
-    changed = source.with_overrides(overrides)
-    was = fingerprint.fixed(_leaves(source))
-    fingerprint.check_same(_leaves(changed), was, changed.origins, run_dir)
-    return changed.load()
+    """The same, to train on. Raises UserError for an override of the batch's size, too."""
+    return _load(run_dir, overrides, None, free=set())
 
 
 def history(
@@ -94,11 +91,18 @@ def changes(events: Iterable[Mapping[str, Any]]) -> list[Change]:
     ]
 
 
-def _checked(run_dir: Path, events: Iterable[Mapping[str, Any]] | None) -> Source:
-    """The settings as they are now. UserError where they are not what the run was trained with."""
+def _load(
+    run_dir: Path,
+    overrides: Sequence[str],
+    events: Iterable[Mapping[str, Any]] | None,
+    free: Set[str],
+) -> Config:
     _, source = history(run_dir, events)[-1]
-    fingerprint.check_settings(run_dir, _leaves(source), source.origins)
-    return source
+    settings, changed = _leaves(source), source.with_overrides(overrides)
+    fingerprint.check_settings(run_dir, settings, source.origins)
+    was = {path: v for path, v in fingerprint.fixed(settings).items() if path not in free}
+    fingerprint.check_same(_leaves(changed), was, changed.origins, run_dir)
+    return changed.load()
 
 
 def _leaves(source: Source) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 from mainrun import folder, parts, run_config
 from mainrun.config import Config
-from mainrun.data import tokenizers
+from mainrun.data import sources, tokenizers
 from mainrun.errors import UserError
+from mainrun.fingerprint import check_data, is_data
 from mainrun.model import lora
 from mainrun.model.generate import generate
 from mainrun.model.gpt import Gpt, Network, Params
@@ -194,14 +195,27 @@ def step_of(run_dir: Path, checkpoint: Which, loss: str = "val/loss") -> int:
             return step
 
 
-def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:
-    """The `val/` metrics on the run's own validation text, or on every document of `source`."""
+def evaluate_run(
+    run_dir: Path, trained: Trained, source: str | None
+) -> tuple[str, dict[str, float]]:
+    """What was scored, in words, and the `val/` metrics of it.
+
+    The run's own validation text, or every document of `source`. Raises UserError where the text
+    that the run names is no longer the one that it was trained on: its split could be any other.
+    """
     config = trained.config
     if source is None:
-        text = parts.read_texts(config, trained.tokenizer).validation
+        texts = parts.read_texts(config, trained.tokenizer)
+        otherwise = ", or score all of this text with --data"
+        check_data(run_dir, config.data.source, texts.fingerprint, otherwise)
+        text, scored_text = texts.validation, "the run's validation text"
     else:
         documents = parts.all_documents(config, source)
         text = parts.validation_text(config, trained.tokenizer, documents)
+        scored_text = f"all {len(documents):,} documents of {source}, not the run's validation text"
+        those_of_the_run = sources.fingerprint(documents[: config.data.num_documents])
+        if is_data(run_dir, those_of_the_run):
+            scored_text += ": the text it was trained on among them"
     score_batch = evaluate.make_score_batch(
         trained.network,
         micro_batches=parts.num_micro_batches(config),
@@ -210,7 +224,9 @@ def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:
     )
     batch_size, context_length = config.training.batch_size, config.data.context_length
     scored = evaluate.score(score_batch, trained.params, text.windows, batch_size)
-    return evaluate.metrics(scored, text, batch_size=batch_size, context_length=context_length)
+    return scored_text, evaluate.metrics(
+        scored, text, batch_size=batch_size, context_length=context_length
+    )
 
 
 def generate_texts(

@@ -1,6 +1,7 @@
 """Fine-tuning through the real command: adapters and whole, resumed, moved, and refused."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -117,9 +118,11 @@ def whole(runs: Path, on_other: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loss_of_base(base_run: Path, other_corpus: Path) -> float:
-    told = call("evaluate", base_run, f"data.source=file:{other_corpus}", "--json")
-    return json.loads(told.splitlines()[-1])["val/loss"]
+def loss_of_base(base_run: Path, adapted: Path) -> float:
+    """On the validation text of the runs that start from it."""
+    base, data = mainrun.load(base_run), config.load(adapted / "config.yaml").data
+    there = dataclasses.replace(base, config=dataclasses.replace(base.config, data=data))
+    return trained.evaluate_run(adapted, there, None)[1]["val/loss"]
 
 
 @pytest.fixture
