@@ -278,7 +278,7 @@ def test_resuming_does_not_change_the_base(
     assert "did not start from another run" in said
     for run in (adapted, whole):
         copied = shutil.copytree(run, tmp_path / run.name)
-        for wrong, reason in ((adapted, "its checkpoint of step"), (tmp_path, "is not at")):
+        for wrong, reason in ((adapted, "has no checkpoint of step"), (tmp_path, "is not at")):
             said = refusal("resume", copied, "training.max_steps=30", f"training.init_from={wrong}")
             assert reason in said, said
 
