@@ -25,9 +25,6 @@ from mainrun.result import last_event, read_result
 _EMBEDDINGS = ("token_embedding.", "position_embedding.", "head.")
 """Tables with a row for each token or position; an untied head is one as well."""
 
-_SAME = ("data.", "tokenizer.")
-_MAY_DIFFER = ("data.num_documents", "data.order")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -138,7 +135,7 @@ def _sizes(model: configs.Model, context_length: int, vocab_size: int) -> tuple[
 def _check_comparable(first: Config, config: Config, run_dir: Path) -> None:
     ours, theirs = (configs.leaves(configs.as_dict(x)) for x in (first, config))
     for path in dict.fromkeys([*ours, *theirs]):
-        if not path.startswith(_SAME) or path in _MAY_DIFFER or ours.get(path) == theirs.get(path):
+        if not configs.is_of_text(path) or ours.get(path) == theirs.get(path):
             continue
         raise UserError(
             f"{run_dir}: `{path}` is {theirs.get(path)} and elsewhere {ours.get(path)}: losses per "
