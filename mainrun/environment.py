@@ -50,10 +50,16 @@ def write_environment(
     command: Sequence[str],
     devices: Sequence[str],
     data_fingerprint: str | None,
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `environment.json`; a resumed run keeps the first record and adds to its `resumed`."""
+    """Writes `environment.json`; a resumed run keeps the first record and adds to its `resumed`.
+
+    `fingerprint` is what a new run is known by (`fingerprint.py`).
+    """
     path = run_dir / "environment.json"
     record = environment(command, devices, data_fingerprint)
+    if fingerprint is not None:
+        record["fingerprint"] = dict(fingerprint)
     if path.exists():
         first = json.loads(path.read_text(encoding="utf-8"))
         record = {**first, "resumed": [*first.get("resumed", []), record]}

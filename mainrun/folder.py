@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,10 @@ from mainrun.config import Config
 from mainrun.data import tokenizers
 from mainrun.environment import write_environment
 from mainrun.errors import UserError
+from mainrun.fingerprint import check_tokenizer, fingerprint
 from mainrun.record import read_events
 
 BASE = "base.json"
-
-_FIXED = (
-    "seed",
-    "data",
-    "tokenizer",
-    "model",
-    "optimizer.kind",
-    "optimizer.momentum",
-    "optimizer.moment_dtype",
-    "optimizer.min_size_to_factor",
-    "training.batch_size",
-    "training.weight_average",
-)
-"""What a resumed run cannot change: weights, moments and the order of the data depend on it."""
 
 
 def create(
@@ -70,7 +56,11 @@ def create(
             if base is not None:
                 (partial / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
             write_environment(
-                partial, command=command, devices=[device], data_fingerprint=data_fingerprint
+                partial,
+                command=command,
+                devices=[device],
+                data_fingerprint=data_fingerprint,
+                fingerprint=fingerprint(config, partial / "tokenizer.json", data_fingerprint),
             )
             partial.rename(path)
             return path
@@ -93,26 +83,6 @@ def base_reference(run_dir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
-    """The run's config with overrides. Raises UserError where there is no run."""
-    if not (run_dir / "config.yaml").is_file() or not (run_dir / "tokenizer.json").is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no config.yaml and tokenizer.json")
-    return configs.load(run_dir / "config.yaml", overrides)
-
-
-def config_to_resume(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """The same, and a UserError for an override of what resuming cannot change."""
-    before, after = stored_config(run_dir), stored_config(run_dir, overrides)
-    # The data may have moved; that it is the same is checked by its fingerprint.
-    moved = replace(before, data=replace(before.data, source=after.data.source))
-    for path in _FIXED:
-        if _setting(moved, path) != _setting(after, path):
-            raise UserError(
-                f"`{path}` of {run_dir} cannot change on resume: train anew with `mainrun train`"
-            )
-    return after
-
-
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints, in order; none where there is no folder of them."""
     try:
@@ -130,13 +100,12 @@ def is_finished(run_dir: Path) -> bool:
     return ends[-1:] == ["finished"]
 
 
-def data_fingerprint(run_dir: Path) -> str:
-    """Of the documents that the run is trained on."""
-    path = run_dir / "environment.json"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["data_fingerprint"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+def tokenizer(run_dir: Path) -> Tokenizer:
+    """The run's. Raises UserError where it is not the one that it was trained with."""
+    path = run_dir / "tokenizer.json"
+    loaded = tokenizers.load(path)
+    check_tokenizer(run_dir)
+    return loaded
 
 
 def _names(root: Path, name: str) -> Iterator[Path]:
@@ -145,11 +114,3 @@ def _names(root: Path, name: str) -> Iterator[Path]:
     yield first
     for number in range(2, 1000):
         yield first.with_name(f"{first.name}-{number}")
-
-
-def _setting(config: Config, path: str) -> object:
-    """None where the kind that was chosen has no such setting."""
-    value: object = config
-    for part in path.split("."):
-        value = getattr(value, part, None)
-    return value

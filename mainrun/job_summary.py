@@ -30,7 +30,8 @@ _LINE_CHARACTERS = 500
 _SWEEP_BYTES = 400_000
 _MOST_INPUTS = 20
 
-_READ_BYTES = {"events.jsonl": 2**27, "config.yaml": 2**18, "summary.json": 2**24}
+_READ_BYTES = {"events.jsonl": 2**27, "config.yaml": 2**18, "summary.json": 2**24,
+               "environment.json": 2**20}  # fmt: skip
 """A record of more is not read: some hundred thousand steps are a tenth of that."""
 
 _WORDS = {

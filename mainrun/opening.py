@@ -12,13 +12,14 @@ from typing import NamedTuple
 import jax
 from tokenizers import Tokenizer
 
-from mainrun import folder, memory, parts, trained
+from mainrun import folder, memory, parts, run_config, trained
 from mainrun.compilation import Compilation, initial_shapes, initial_state
 from mainrun.config import Config
 from mainrun.console import be_quiet, say
-from mainrun.data import sources, tokenizers
+from mainrun.data import sources
 from mainrun.environment import write_environment
 from mainrun.errors import RunFailed, UserError
+from mainrun.fingerprint import check_data, fingerprint
 from mainrun.live_run import LiveRun, Stopping, Watch
 from mainrun.origin import Base
 from mainrun.parts import Parts, Texts
@@ -100,17 +101,13 @@ def prepare_to_resume(
 
     Raises UserError where its folder or its data is not what it was, or lacks the checkpoint.
     """
-    config = folder.config_to_resume(run_dir, overrides)
+    config = run_config.load_to_resume(run_dir, overrides)
     step = None if checkpoint == "newest" else trained.step_of(run_dir, checkpoint)
     base = trained.base_to_resume(config, run_dir)
     _prepare_process(config)
     layout = layout or _layout(config)
-    texts = read(config, tokenizers.load(run_dir / "tokenizer.json"))
-    if texts.fingerprint != (trained_on := folder.data_fingerprint(run_dir)):
-        raise UserError(
-            f"data.source={config.data.source} is not what the run was trained on (fingerprint "
-            f"{texts.fingerprint[:12]}, not {trained_on[:12]}): resume with the data it had"
-        )
+    texts = read(config, folder.tokenizer(run_dir))
+    check_data(run_dir, config.data.source, texts.fingerprint)
     config = _settled(config, texts, layout)
     joined = parts.assemble(config, texts, layout)
     return Prepared(config, joined, base, command, run_dir, run_dir.name, overrides, step)
@@ -157,22 +154,35 @@ def opened(
         checkpoints = run_dir / "checkpoints"
         if cluster.is_first():
             tracker = stack.enter_context(telling)
-            saved = Checkpoints(checkpoints, keep=config.training.checkpoint.keep)
+            saved = Checkpoints(
+                checkpoints,
+                keep=config.training.checkpoint.keep,
+                fingerprint=fingerprint(
+                    config, run_dir / "tokenizer.json", prepared.texts.fingerprint
+                ),
+            )
             stack.enter_context(saved)
             if prepared.overrides is not None:
                 if restored:
                     saved.set_aside_after(restored.step)
                 for reason in damaged:
                     tracker.log("warning", message=f"damaged checkpoint set aside: {reason}")
-                tracker.log("resumed", step, overrides=list(prepared.overrides), damaged=damaged)
+                tracker.log(
+                    "resumed",
+                    step,
+                    overrides=list(prepared.overrides),
+                    damaged=damaged,
+                    total_steps=joined.plan.total_steps,
+                    device=backend.describe_device(),
+                    precision=config.training.precision,
+                )
                 _write_environment(prepared, run_dir)
             if joined.network.kernel.warning is not None:
                 tracker.log("warning", message=joined.network.kernel.warning)
         cluster.wait_for_all()
         if not cluster.is_first():
             saved = stack.enter_context(Checkpoints(checkpoints, read_only=True))
-        again = resume_command(run_dir, prepared.overrides or ())
-        run = LiveRun(config, joined, tracker, saved, stopping, again, watch)
+        run = LiveRun(config, joined, tracker, saved, stopping, resume_command(run_dir), watch)
         with memory.explained(compilation.step_bytes, config, joined.network.vocab_size):
             state = restored.state if restored else initial(config, joined, base)
             if prepared.overrides is None:

@@ -19,15 +19,6 @@ from mainrun.config import Config
 from mainrun.errors import UserError
 from mainrun.model.gpt import Params
 
-_FREE = {
-    "model.dropout",
-    "model.lora",
-    "model.init",
-    "model.scale_residual_init",
-    "model.mlp.balance_coefficient",
-}
-"""Settings of the model that leave a trained one as it is: they matter before, or in training."""
-
 
 @dataclass(frozen=True, eq=False)
 class Base:
@@ -79,15 +70,11 @@ def check_same_architecture(config: Config, base: Config) -> None:
 
 def _shaping(config: Config) -> dict[str, Any]:
     """The settings that say which parameters there are, and what their numbers mean."""
-    tree = configs.as_dict(config)
-    shaping = configs.leaves({"model": tree["model"], "tokenizer": tree["tokenizer"]})
+    settings = configs.leaves(configs.as_dict(config))
+    shaping = {path: value for path, value in settings.items() if configs.is_of_model(path)}
     if config.model.position == "learned":
         shaping["data.context_length"] = config.data.context_length
-    return {
-        path: value
-        for path, value in shaping.items()
-        if not any(path == free or path.startswith(f"{free}.") for free in _FREE)
-    }
+    return shaping
 
 
 def _fits(path: str, ours: Any, theirs: Any) -> bool:

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mainrun import config, yaml12
+from mainrun import config, run_config
 from mainrun.errors import UserError
 from mainrun.record import Number, Row, metrics
 
@@ -28,14 +28,16 @@ def read_result(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str,
     evaluations = [row for row in rows if "val/loss" in row]
     steps = int(rows[-1]["step"]) if rows else 0
     status, reason, again = _ending(events)
-    settings = _settings(run_dir)
+    settings = _settings(run_dir, events)
+    now = {**started, **last_event(events, "resumed")}
     return {
         "name": started.get("name", run_dir.resolve().name),
         "run_dir": str(run_dir),
         "status": status,
         "reason": reason,
         "steps": steps,
-        "total_steps": started.get("total_steps"),
+        "total_steps": now.get("total_steps"),
+        "changes": [change._asdict() for change in run_config.changes(events)],
         "val/loss": {
             "first": _point(evaluations[0]) if evaluations else None,
             "last": _point(evaluations[-1]) if evaluations else None,
@@ -45,8 +47,8 @@ def read_result(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str,
         "parameters": started.get("parameters"),
         "trained_parameters": started.get("trained_parameters", started.get("parameters")),
         "tokens_seen": _tokens_seen(settings, started, steps),
-        "device": started.get("device"),
-        "precision": started.get("precision"),
+        "device": now.get("device"),
+        "precision": now.get("precision"),
         "compile_seconds": started.get("compile_seconds"),
         "training_seconds": _training_seconds(rows),
         "total_seconds": _total_seconds(events),
@@ -63,8 +65,9 @@ def read_result(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> dict[str,
     }
 
 
-def resume_command(run_dir: Path, overrides: Sequence[str] = ()) -> str:
-    return shlex.join(["mainrun", "resume", str(run_dir), *overrides])
+def resume_command(run_dir: Path) -> str:
+    """What was said at earlier resumes stands in the record, and need not be said again."""
+    return shlex.join(["mainrun", "resume", str(run_dir)])
 
 
 def last_event(events: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
@@ -144,14 +147,10 @@ def _noise(settings: config.Config | None, rows: Sequence[Row]) -> dict[str, Num
     }
 
 
-def _settings(run_dir: Path) -> config.Config | None:
-    """The run's; None where its config is not there, or can no longer be read.
-
-    It states everything. One that names a parent was not written by us, and the parent may be any
-    file of the host's, where this is read for the job's page.
-    """
+def _settings(run_dir: Path, events: Sequence[Mapping[str, Any]]) -> config.Config | None:
+    """The run's, as they are now; None where its config is not there, or can no longer be read."""
     try:
-        return config.checked(config.Config, *yaml12.read(run_dir / "config.yaml"))
+        return run_config.load(run_dir, events=events)
     except UserError:
         return None
 

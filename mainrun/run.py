@@ -7,7 +7,7 @@ Signals are listened to here, and the step is compiled; how a run is prepared an
 from collections.abc import Sequence
 from pathlib import Path
 
-from mainrun import folder, memory, stop
+from mainrun import folder, memory, run_config, stop
 from mainrun.compilation import Compiled, compile_step, initial_shapes
 from mainrun.config import Config
 from mainrun.console import say
@@ -42,7 +42,7 @@ def resume(
 
     Raises UserError, RunFailed or Stopped.
     """
-    folder.config_to_resume(run_dir, overrides)
+    run_config.load_to_resume(run_dir, overrides)
     if not overrides and checkpoint == "newest" and folder.is_finished(run_dir):
         say(f"{run_dir} is finished: nothing is left to do")
         return

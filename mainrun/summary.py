@@ -98,6 +98,7 @@ def details(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> l
         ("time in all", duration(result["total_seconds"])),
         ("peak memory", _bytes(result["peak_memory_bytes"])),
         ("gradient noise scale", _noise_words(result["noise"])),
+        ("changed on resume", _changes(result)),
         ("stopped early", _early(events)),
         ("steps skipped", _at_steps(events, "step_skipped")),
         ("returns to a checkpoint", _at_steps(events, "went_back")),
@@ -132,6 +133,13 @@ def _noise_words(noise: Mapping[str, Number] | None) -> str:
         f"{noise['last_scale_tokens']:,.0f} at the end: a batch of about "
         f"{noise['suggested_batch_size']:,} sequences (here {noise['batch_size']:,}); a smaller "
         "one needs more steps, a larger one more tokens"
+    )
+
+
+def _changes(result: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{escaped(' '.join(change['overrides']))} from step {change['step']:,}"
+        for change in result["changes"]
     )
 
 

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from mainrun import folder, parts
+from mainrun import folder, parts, run_config
 from mainrun.config import Config
-from mainrun.data import tokenizers
+from mainrun.data import sources, tokenizers
 from mainrun.errors import UserError
+from mainrun.fingerprint import check_data, is_data
 from mainrun.model import lora
 from mainrun.model.generate import generate
 from mainrun.model.gpt import Gpt, Network, Params
@@ -67,14 +68,14 @@ def load(
     `average` takes the average of the weights, best by its own loss. Raises UserError where there
     is none.
     """
-    config = folder.stored_config(run_dir, overrides)
+    config = run_config.load(run_dir, overrides)
     if average and config.training.weight_average is None:
         raise UserError(
             f"{run_dir} keeps no average of its weights: train with "
             "training.weight_average.kind=ema"
         )
     backend.prepare()
-    tokenizer = tokenizers.load(run_dir / "tokenizer.json")
+    tokenizer = folder.tokenizer(run_dir)
     network = parts.build_network(config, tokenizer.get_vocab_size())
     like = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     frozen: Params = {}
@@ -106,7 +107,7 @@ def load_base(config: Config) -> Base | None:
             f"training.init_from={run_dir} is no run folder: it has no config.yaml and "
             "tokenizer.json; name the folder that `mainrun train` made"
         )
-    check_same_architecture(config, folder.stored_config(run_dir))
+    check_same_architecture(config, run_config.load(run_dir))
     base = _base(run_dir, None)
     # Only to hear of adapters that fit nowhere before the corpus is read, which can take minutes.
     parts.build_network(config, base.tokenizer.get_vocab_size())
@@ -118,7 +119,7 @@ def base_to_resume(config: Config, run_dir: Path) -> Base | None:
 
     Where an override names it, it is found all the same, so that a wrong name is told.
     """
-    is_named_anew = config.training.init_from != folder.stored_config(run_dir).training.init_from
+    is_named_anew = config.training.init_from != run_config.load(run_dir).training.init_from
     if config.model.lora is None and not is_named_anew:
         return None
     return find_base(config, run_dir)
@@ -133,9 +134,9 @@ def find_base(config: Config, run_dir: Path) -> Base:
     if reference is None:
         raise UserError(f"{run_dir} has no {folder.BASE}: training did not start from another run")
     was = Path(reference["run_dir"])
-    stored = folder.stored_config(run_dir).training.init_from
-    places = [was, Path(stored or was), run_dir.resolve().parent / was.name]
-    if config.training.init_from != stored:
+    first_day = run_config.history(run_dir)[0][1].load().training.init_from
+    places = [was, Path(first_day or was), run_dir.resolve().parent / was.name]
+    if config.training.init_from != first_day:
         places = [Path(str(config.training.init_from))]
     others = (place for place in places if place.resolve() != run_dir.resolve())
     found = next(filter(_is_run, others), None)
@@ -194,14 +195,27 @@ def step_of(run_dir: Path, checkpoint: Which, loss: str = "val/loss") -> int:
             return step
 
 
-def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:
-    """The `val/` metrics on the run's own validation text, or on every document of `source`."""
+def evaluate_run(
+    run_dir: Path, trained: Trained, source: str | None
+) -> tuple[str, dict[str, float]]:
+    """What was scored, in words, and the `val/` metrics of it.
+
+    The run's own validation text, or every document of `source`. Raises UserError where the text
+    that the run names is no longer the one that it was trained on: its split could be any other.
+    """
     config = trained.config
     if source is None:
-        text = parts.read_texts(config, trained.tokenizer).validation
+        texts = parts.read_texts(config, trained.tokenizer)
+        otherwise = ", or score all of this text with --data"
+        check_data(run_dir, config.data.source, texts.fingerprint, otherwise)
+        text, scored_text = texts.validation, "the run's validation text"
     else:
         documents = parts.all_documents(config, source)
         text = parts.validation_text(config, trained.tokenizer, documents)
+        scored_text = f"all {len(documents):,} documents of {source}, not the run's validation text"
+        those_of_the_run = sources.fingerprint(documents[: config.data.num_documents])
+        if is_data(run_dir, those_of_the_run):
+            scored_text += ": the text it was trained on among them"
     score_batch = evaluate.make_score_batch(
         trained.network,
         micro_batches=parts.num_micro_batches(config),
@@ -210,7 +224,9 @@ def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:
     )
     batch_size, context_length = config.training.batch_size, config.data.context_length
     scored = evaluate.score(score_batch, trained.params, text.windows, batch_size)
-    return evaluate.metrics(scored, text, batch_size=batch_size, context_length=context_length)
+    return scored_text, evaluate.metrics(
+        scored, text, batch_size=batch_size, context_length=context_length
+    )
 
 
 def generate_texts(

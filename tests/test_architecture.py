@@ -35,7 +35,8 @@ LAYERS = [
     [
         "host",
         "child",
-        "tracking + wandb_run + record + console + result + summary + plots + chart + markdown",
+        "tracking + wandb_run + record + console + result + summary + plots + chart + markdown"
+        " + run_config + fingerprint",
     ],
     ["containers", "sweep_details"],
     ["request", "ending"],

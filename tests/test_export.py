@@ -153,8 +153,9 @@ def test_newest_checkpoint_on_request(finished_run: Path, tmp_path: Path) -> Non
 
 @pytest.fixture
 def sinusoidal(finished_run: Path, tmp_path: Path) -> Path:
-    """A run that says so of itself; that its parameters are of another shows when they are read."""
-    run_dir = shutil.copytree(finished_run, tmp_path / "sinusoidal")
+    """A run that says so of itself, with nothing left that would contradict it."""
+    ignored = shutil.ignore_patterns("checkpoints", "environment.json")
+    run_dir = shutil.copytree(finished_run, tmp_path / "sinusoidal", ignore=ignored)
     path = run_dir / "config.yaml"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("position: learned", "position: sinusoidal"), encoding="utf-8")

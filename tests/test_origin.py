@@ -1,6 +1,7 @@
 """Fine-tuning through the real command: adapters and whole, resumed, moved, and refused."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -117,9 +118,11 @@ def whole(runs: Path, on_other: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loss_of_base(base_run: Path, other_corpus: Path) -> float:
-    told = call("evaluate", base_run, f"data.source=file:{other_corpus}", "--json")
-    return json.loads(told.splitlines()[-1])["val/loss"]
+def loss_of_base(base_run: Path, adapted: Path) -> float:
+    """On the validation text of the runs that start from it."""
+    base, data = mainrun.load(base_run), config.load(adapted / "config.yaml").data
+    there = dataclasses.replace(base, config=dataclasses.replace(base.config, data=data))
+    return trained.evaluate_run(adapted, there, None)[1]["val/loss"]
 
 
 @pytest.fixture
@@ -275,7 +278,7 @@ def test_resuming_does_not_change_the_base(
     assert "did not start from another run" in said
     for run in (adapted, whole):
         copied = shutil.copytree(run, tmp_path / run.name)
-        for wrong, reason in ((adapted, "its checkpoint of step"), (tmp_path, "is not at")):
+        for wrong, reason in ((adapted, "has no checkpoint of step"), (tmp_path, "is not at")):
             said = refusal("resume", copied, "training.max_steps=30", f"training.init_from={wrong}")
             assert reason in said, said
 
@@ -326,6 +329,7 @@ def test_a_base_elsewhere_is_found_by_the_setting(moved: Callable[..., Path]) ->
     elsewhere = run_dir.parent.parent / "elsewhere"
     assert trained.load(run_dir, [f"training.init_from={elsewhere}"]).step == 24
     call("resume", run_dir, "training.max_steps=25", f"training.init_from={elsewhere}")
+    assert mainrun.load(run_dir, checkpoint="newest").step == 25
 
 
 def test_a_stored_relative_path_leads_to_it_from_the_same_folder(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mainrun import complaints, config
+from mainrun.config import carried, effects
 from mainrun.errors import UserError
 
 
@@ -186,3 +187,12 @@ def test_the_mlps_width_is_said_once(subtests: pytest.Subtests) -> None:
                 "model.mlp.expansion=2 and model.mlp.hidden=64 both say how wide the MLP is: set "
                 "one, and the other to null (command line)"
             )
+
+
+def test_every_list_of_settings_names_settings() -> None:
+    """A setting that is renamed, and not there too, would be none of its kind in silence."""
+    lists = {name: value for name, value in vars(effects).items() if name.isupper()}
+    lists |= {"CARRIED": carried.CARRIED, "_APART": carried._APART}
+    assert len(lists) == 7
+    for name, paths in lists.items():
+        assert {path.removesuffix(".") for path in paths} <= config.known_paths(), name

@@ -200,6 +200,21 @@ def test_runs_that_are_no_evidence_are_refused(
     assert "is no run folder" in refusal(tmp_path, "x")
 
 
+def test_a_run_that_was_changed_on_the_way_is_refused_by_the_setting(
+    runs: list[Path], tmp_path: Path, root: Path, refusal: Callable[..., str]
+):
+    def resumed(*overrides: str) -> Callable[[list[dict]], list[dict]]:
+        event = {"event": "resumed", "step": 3, "overrides": overrides}
+        return lambda events: [*events[:2], event, *events[2:]]
+
+    changed = copied(runs[0], tmp_path / "changed", resumed("training.max_steps=6", "seed=1"))
+    copied(runs[0], tmp_path / "same", resumed("tracking.name=x", "training.max_steps=6"))
+    text = (changed / "config.yaml").read_text()
+    (changed / "config.yaml").write_text(text.replace("max_steps: 6", "max_steps: 2"))
+    assert "was resumed with training.max_steps=6 from step 3" in refusal(changed, "x")
+    assert cli.main(["promote", str(tmp_path / "same" / "seed-1"), "y", *CHECK]) == 0
+
+
 @pytest.mark.slow
 def test_a_run_whose_name_looks_like_a_number_keeps_it(runs: list[Path], root: Path):
     run = copied(runs[0], root.parent, lambda events: events)
@@ -214,8 +229,8 @@ def test_runs_of_different_configs_are_refused_by_the_setting(
 ):
     other = copied(runs[1], tmp_path, lambda events: events)
     text = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(text.replace("dropout: 0.2", "dropout: 0.3"))
-    assert "`model.dropout` is 0.2 and 0.3" in refusal(runs[0], other, "x")
+    (other / "config.yaml").write_text(text.replace("grad_clip: 1.0", "grad_clip: 2.0"))
+    assert "`training.grad_clip` is 1.0 and 2.0" in refusal(runs[0], other, "x")
 
 
 @pytest.mark.slow

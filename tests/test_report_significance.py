@@ -131,6 +131,17 @@ def test_runs_that_differ_by_seed_and_by_names_are_one_group(tmp_path):
     assert found[1].deviation is None
 
 
+def test_a_run_that_was_changed_on_the_way_is_no_seed_of_the_config_it_ended_with(tmp_path):
+    resumed = {"event": "resumed", "step": 20}
+    described = [
+        (["seed=1", "training.patience=3"], 1.5, {}),
+        (["seed=2"], 1.5, {"more": [resumed | {"overrides": ["training.patience=3"]}]}),
+        (["seed=3", "training.patience=3"], 1.5, {"more": [resumed | {"overrides": ["seed=3"]}]}),
+    ]
+    found = significance.groups(runs(tmp_path, *described))
+    assert [[run.name for run in group.runs] for group in found] == [["run-0", "run-2"], ["run-1"]]
+
+
 def test_a_seed_counts_once_and_a_run_without_a_result_not_at_all(tmp_path):
     (group,) = significance.groups(
         runs(

@@ -135,6 +135,7 @@ def study(finished_run: Path, tmp_path: Path) -> Callable[..., Path]:
         for old, new in texts.items():
             text = text.replace(*(f"{old}: {value}" for value in new.split("→")))
         (trial / "config.yaml").write_text(text)
+        (trial / "environment.json").unlink()  # it says what the run was trained with
         record = trial / "events.jsonl"
         events = [json.loads(line) for line in record.read_text().splitlines()]
         last = max(e["step"] for e in events if e["event"] == "evaluation")
@@ -163,6 +164,21 @@ def test_a_run_without_a_last_loss_is_left_out_by_name(study: Callable[..., Path
     found = scaling_runs.read([study(2, math.nan)])
     assert [run.name for run in found.runs] == ["trial-001"]
     assert found.left_out == [("trial-002", "its last loss is no number")]
+
+
+def test_a_run_that_was_changed_on_the_way_is_left_out_by_the_setting(
+    study: Callable[..., Path], tmp_path: Path
+):
+    study(1, 2.5)
+    record = study(2, 2.4) / "trials" / "trial-002" / "events.jsonl"
+    start, *lines = record.read_text().splitlines(keepends=True)
+    resumed = {"event": "resumed", "timestamp": json.loads(start)["timestamp"], "step": 0}
+    resumed["overrides"] = ["optimizer.learning_rate=1e-2"]
+    record.write_text("".join([start, json.dumps(resumed) + "\n", *lines]))
+    found = scaling_runs.read([tmp_path / "study"])
+    assert [run.name for run in found.runs] == ["trial-001"]
+    why = "resumed with optimizer.learning_rate=0.01 from step 0"
+    assert found.left_out == [("trial-002", why)]
 
 
 def test_runs_on_another_text_are_refused_by_the_setting(study: Callable[..., Path]):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mainrun import config
 from mainrun.analysis import comparison_plots, significance
 from mainrun.analysis.document import (
     Block,
@@ -65,7 +66,7 @@ def _telling(groups: Sequence[Group]) -> list[str]:
     firsts = [group.runs[0] for group in groups]
     chosen: list[str] = []
     known = 1
-    for path in filter(significance.is_effect, _varied(firsts)):
+    for path in filter(config.is_effect, _varied(firsts)):
         found = {tuple(_value(run, p) for p in (*chosen, path)) for run in firsts}
         if len(found) > known:
             chosen, known = [*chosen, path], len(found)

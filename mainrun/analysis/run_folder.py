@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mainrun import config, yaml12
+from mainrun import config, run_config, yaml12
 from mainrun.errors import UserError
 from mainrun.record import Number, Row, metrics, read_events
 from mainrun.result import last_event, read_result, warm_rows
@@ -30,7 +30,10 @@ class Run:
     result: Mapping[str, Any]
     """As `summary.json` has it; its status may also be `running`."""
     settings: Mapping[str, Any]
-    """By dotted path; none where the config cannot be read."""
+    """By dotted path, with what resumes changed: such a run is no run of its last config alone.
+
+    None where the config cannot be read.
+    """
     environment: Mapping[str, Any]
 
     @property
@@ -94,7 +97,9 @@ def read(folder: Path) -> Run:
     result = read_result(folder, events)
     if _is_being_written(record):
         result |= {"status": "running", "reason": None, "resume_command": None}
-    return Run(folder, events, metrics(events), result, _settings(folder), _environment(folder))
+    return Run(
+        folder, events, metrics(events), result, _settings(folder, events), _environment(folder)
+    )
 
 
 def percentiles(rows: Sequence[Row], name: str) -> tuple[Number, Number, Number] | None:
@@ -119,13 +124,16 @@ def _is_being_written(record: Path) -> bool:
     return False
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
+def _settings(folder: Path, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     try:
-        return config.leaves(config.as_dict(config.load(path)))
-    except UserError:  # of another version, perhaps: then as it is written
+        settings = config.leaves(config.as_dict(run_config.load(folder, events=events)))
+        if moved := run_config.moved(folder, events):
+            settings["changed on resume"] = ", ".join(moved)
+        return settings
+    except UserError as error:  # edited, or of another version: then as it is written
         with contextlib.suppress(UserError):
-            return config.leaves(yaml12.read(path)[0])
+            settings = config.leaves(yaml12.read(folder / "config.yaml")[0])
+            return settings | {"config.yaml": str(error)}
     return {}
 
 

@@ -227,7 +227,9 @@ def _settings(run: Run) -> Iterator[Block]:
         text = (run.folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    yield Details("All settings (config.yaml)", (Listing(text.rstrip("\n"), "yaml"),))
+    yield Details(
+        "All settings, as on the first day (config.yaml)", (Listing(text.rstrip("\n"), "yaml"),)
+    )
 
 
 def same(one: object, other: object) -> bool:
@@ -262,7 +264,9 @@ def _environment(run: Run) -> Iterator[Block]:
 
 def _commands(run: Run) -> Iterator[Block]:
     folder = str(run.folder)
-    lines = [shlex.join(["mainrun", "train", f"{folder}/config.yaml"]) + "  # the same anew"]
+    changed = [word for change in run.result["changes"] for word in change["overrides"]]
+    anew = "with what resumes changed, from the start" if changed else "the same anew"
+    lines = [shlex.join(["mainrun", "train", f"{folder}/config.yaml", *changed]) + f"  # {anew}"]
     if run.result["resume_command"]:
         lines.insert(0, f"{run.result['resume_command']}  # go on")
     if run.best is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from mainrun import config as configs
-from mainrun import folder
+from mainrun import run_config
 from mainrun.config import Config
 from mainrun.errors import UserError
 from mainrun.model.gpt import Network, num_parameters
@@ -24,9 +24,6 @@ from mainrun.result import last_event, read_result
 
 _EMBEDDINGS = ("token_embedding.", "position_embedding.", "head.")
 """Tables with a row for each token or position; an untied head is one as well."""
-
-_SAME = ("data.", "tokenizer.")
-_MAY_DIFFER = ("data.num_documents", "data.order")
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def read(folders: Sequence[Path]) -> Found:
     left_out: list[tuple[str, str]] = []
     first: Config | None = None
     for run_dir in dict.fromkeys(_run_dirs(folders)):
-        config = folder.stored_config(run_dir)
+        config = run_config.load(run_dir)
         first = first or config
         _check_comparable(first, config, run_dir)
         found = _run(run_dir, config)
@@ -99,6 +96,8 @@ def _run(run_dir: Path, config: Config) -> Run | str:
     told = read_result(run_dir, events)
     if told["status"] != "finished":
         return f"{told['status']}, not finished"
+    if moved := run_config.moved(run_dir, events):
+        return f"resumed with {', '.join(moved)}"
     losses = [r["val/nats_per_token"] for r in metrics(events) if "val/nats_per_token" in r]
     if not losses or not math.isfinite(losses[-1]):
         return "its last loss is no number"
@@ -136,7 +135,7 @@ def _sizes(model: configs.Model, context_length: int, vocab_size: int) -> tuple[
 def _check_comparable(first: Config, config: Config, run_dir: Path) -> None:
     ours, theirs = (configs.leaves(configs.as_dict(x)) for x in (first, config))
     for path in dict.fromkeys([*ours, *theirs]):
-        if not path.startswith(_SAME) or path in _MAY_DIFFER or ours.get(path) == theirs.get(path):
+        if not configs.is_of_text(path) or ours.get(path) == theirs.get(path):
             continue
         raise UserError(
             f"{run_dir}: `{path}` is {theirs.get(path)} and elsewhere {ours.get(path)}: losses per "

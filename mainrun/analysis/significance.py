@@ -16,12 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mainrun import config as configs
 from mainrun.analysis.run_folder import Run
 
 CONFIDENCE = 0.95
-
-_MOVES_NO_NUMBER = ("seed", "tracking.", "training.checkpoint.", "training.num_samples")
-"""Settings that may differ inside a group: names, how often is saved, how many texts are drawn."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,6 @@ class Pair:
     test: Welch | None
 
 
-def is_effect(path: str) -> bool:
-    """Whether the setting can move a result; the seed does so by chance alone."""
-    return not path.startswith(_MOVES_NO_NUMBER)
-
-
 def result(run: Run) -> float | None:
     """The best `val/loss` of a run that came to its end; what did not has no result to compare."""
     if run.status != "finished" or run.best is None or run.best["value"] is None:
@@ -86,7 +79,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     """In the order of their first runs."""
     members: dict[str, list[Run]] = {}
     for run in runs:
-        kept = {path: value for path, value in run.settings.items() if is_effect(path)}
+        kept = {path: value for path, value in run.settings.items() if configs.is_effect(path)}
         # Without settings nothing says what it is equal to.
         key = json.dumps(kept, sort_keys=True) if kept else f"unknown: {run.folder}"
         members.setdefault(key, []).append(run)

@@ -54,11 +54,13 @@ def evaluate(options: argparse.Namespace) -> None:
         checkpoint=options.checkpoint,
         average=options.average,
     )
-    metrics = trained.evaluate_run(found, options.data)
+    text, metrics = trained.evaluate_run(options.run_dir, found, options.data)
     if options.json:
-        print(json.dumps({"step": found.step, **metrics}))
+        another = {} if options.data is None else {"data": options.data}
+        print(json.dumps({"step": found.step, **another, **metrics}))
         return
     print(f"{'checkpoint':22} step {found.step}")
+    print(f"{'text':22} {text}")
     for name, value in metrics.items():
         print(f"{name:22} {value:,}" if isinstance(value, int) else f"{name:22} {value:.6f}")
 

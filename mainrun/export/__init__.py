@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mainrun import config as configs
-from mainrun import folder, trained
+from mainrun import run_config, trained
 from mainrun.errors import UserError, one_line
 from mainrun.export import hugging_face
 from mainrun.export.architectures import architecture
@@ -40,7 +40,7 @@ def export(
     """
     _check_is_new(output)
     if format == "huggingface":  # said before anything is loaded
-        model = folder.stored_config(run_dir).model
+        model = run_config.load(run_dir).model
         architecture(replace(model, lora=None))
     return write(
         trained.load(run_dir, checkpoint=checkpoint, average=average), output, format=format

@@ -19,6 +19,7 @@ far did changes move `val/loss` of 60 steps of python-docs, on two cores of an A
 
 import contextlib
 import io
+import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from pathlib import Path
 import jax
 
 from mainrun import config as configs
-from mainrun import folder, promoted, run, yaml12
+from mainrun import promoted, run, yaml12
 from mainrun.config import Config
 from mainrun.environment import environment
 from mainrun.errors import RunFailed, UserError
@@ -178,4 +179,6 @@ def _trained(config: Config) -> tuple[float, str]:
         value = float(rows[-1].get("val/loss", math.nan))
         if not math.isfinite(value):
             raise RunFailed("the check's loss is no number")
-        return value, folder.data_fingerprint(run_dir)
+        return value, str(
+            json.loads((run_dir / "environment.json").read_text())["data_fingerprint"]
+        )

@@ -16,16 +16,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from mainrun import config as configs
-from mainrun import folder
+from mainrun import run_config
 from mainrun.config import Config
 from mainrun.data import sources
 from mainrun.errors import UserError
 from mainrun.promoted import Measured
 from mainrun.record import Row, metrics, read_events
 from mainrun.result import by_loss, last_event, read_result
-
-_FREE = ("seed", "tracking.")
-"""What runs may differ in: chance, and where their numbers are told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +132,7 @@ def _best_trial(sweep: Path) -> Path:
 
 
 def _run(run_dir: Path) -> Evidence:
-    config = folder.stored_config(run_dir)
+    config = run_config.load(run_dir)
     events = read_events(run_dir / "events.jsonl")
     told = read_result(run_dir, events)
     name = run_dir.resolve().name
@@ -146,6 +143,11 @@ def _run(run_dir: Path) -> Evidence:
         )
     if told["status"] != "finished":
         raise UserError(f"{run_dir} is {told['status']}: only a finished run can be promoted")
+    if moved := run_config.moved(run_dir, events):
+        raise UserError(
+            f"{run_dir} was resumed with {', '.join(moved)}: no one config makes its result; "
+            "promote a run made in one piece"
+        )
     rows = metrics(events)
     evaluations = [row for row in rows if "val/loss" in row]
     losses = [row[n] for row in rows[-1:] for n in ("train/loss", "val/loss") if n in row]
@@ -199,7 +201,7 @@ def _environment(run_dir: Path) -> dict[str, Any]:
 def _check_alike(first: Evidence, other: Evidence) -> None:
     ours, theirs = (configs.leaves(configs.as_dict(run.config)) for run in (first, other))
     for path in dict.fromkeys([*ours, *theirs]):
-        if path.startswith(_FREE) or ours.get(path) == theirs.get(path):
+        if not configs.is_effect(path) or ours.get(path) == theirs.get(path):
             continue
         raise UserError(
             f"{first.measured.run} and {other.measured.run} are runs of different configs: "

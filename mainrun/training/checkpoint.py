@@ -79,8 +79,16 @@ class Checkpoints:
     left, and would take a living one's for it.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 1,
+        read_only: bool = False,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`fingerprint` says what run it is (`fingerprint.py`), and stands in each checkpoint."""
+        self._folder, self._fingerprint = folder, dict(fingerprint or {})
         self._kept_steps: tuple[int, ...] = ()  # besides the newest
         self._writing, self._read_only = -1, read_only
         options = ocp.CheckpointManagerOptions(
@@ -131,6 +139,7 @@ class Checkpoints:
         record = {
             "progress": dataclasses.asdict(progress),
             "checksums": {name: _checksum(array) for name, array in arrays.items()},
+            "fingerprint": self._fingerprint,
         }
         self._check_space(sum(array.nbytes for array in arrays.values()))
         with self._telling_failure():
