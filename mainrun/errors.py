@@ -11,6 +11,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def named(error: BaseException) -> str:
+    """`ValueError: what it says`, of an error not ours; its type alone if it is mute."""
+    text = one_line(error)
+    return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory, or the machine's, has run out. XLA says it in words alone."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

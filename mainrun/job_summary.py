@@ -116,7 +116,7 @@ def _run(job: Mapping[str, Any], runs: Path | None, secrets: Mapping[str, str]) 
         return _Run(job["run"], shown, result, checkpoint)
     except _UNREADABLE as error:
         # Where folders lie on the machine is nobody's concern.
-        reason = one_line(error).replace(f"{folder}/", "") or type(error).__name__
+        reason = one_line(error).replace(f"{folder}/", "")
         trouble = f"Its record cannot be read: {message(reason)}."
         return _Run(job["run"], [heading, trouble], checkpoint=checkpoint)
 

@@ -16,7 +16,7 @@ from mainrun import plots, summary
 from mainrun.config import Config
 from mainrun.console import Console
 from mainrun.environment import secret_values, without_secrets
-from mainrun.errors import RunFailed, Stopped, UserError, one_line
+from mainrun.errors import RunFailed, Stopped, UserError, named
 from mainrun.record import Record, Table, read_events
 from mainrun.result import resume_command
 from mainrun.wandb_run import EXIT_CODES, Mode, WandbRun, check_wandb, new_id
@@ -57,7 +57,7 @@ class Tracker:
                 self._wandb = WandbRun(run_dir, config, attempt, run_id, self._secrets)
                 break
             except Exception as error:  # a guest's trouble, whatever it is
-                troubles.append(f"Weights & Biases, {attempt}: {_named(error)}")
+                troubles.append(f"Weights & Biases, {attempt}: {named(error)}")
         address = self._wandb.address if self._wandb else {"wandb": "disabled"}
         self.log("tracking_started", **address)
         for trouble in troubles:
@@ -77,7 +77,7 @@ class Tracker:
                 self._warned_of_wandb = True
                 self.log(
                     "warning",
-                    message=f"Weights & Biases: {_named(error)}; the run goes on, "
+                    message=f"Weights & Biases: {named(error)}; the run goes on, "
                     f"and what was not sent can be: {self._wandb.sync_command}",
                 )
 
@@ -149,7 +149,7 @@ def _end(tracker: Tracker, console: Console, run_dir: Path, error: BaseException
             last_work()
         except Exception as trouble:
             with contextlib.suppress(RunFailed):
-                tracker.log("warning", message=f"after the end: {_named(trouble)}")
+                tracker.log("warning", message=f"after the end: {named(trouble)}")
     console.close()
     with contextlib.suppress(OSError):
         if not console.is_one_of_several:
@@ -175,9 +175,4 @@ def _plain(value: Any, secrets: Mapping[str, str]) -> Any:
 def _reason(error: BaseException) -> str:
     if isinstance(error, (RunFailed, UserError)):
         return str(error)
-    return _named(error)
-
-
-def _named(error: BaseException) -> str:
-    text = one_line(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return named(error)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from mainrun import config, folder
 from mainrun.child import say
 from mainrun.config import Config
-from mainrun.errors import RunFailed, Stopped, UserError, is_out_of_memory, one_line
+from mainrun.errors import RunFailed, Stopped, UserError, is_out_of_memory, named, one_line
 from mainrun.opening import Prepared, prepare, prepare_to_resume, read_texts
 from mainrun.parts import Texts
 from mainrun.population import Choice, Group, Running
@@ -303,7 +303,6 @@ class _Texts:
 def _reason(error: BaseException) -> str:
     if isinstance(error, (RunFailed, UserError)):
         return one_line(error)
-    text = one_line(error)
     if is_out_of_memory(error):
-        return f"out of memory: {text}"
-    return f"{type(error).__name__}: {text}"
+        return f"out of memory: {one_line(error)}"
+    return named(error)
