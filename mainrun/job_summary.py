@@ -16,7 +16,7 @@ from typing import Any
 from mainrun import summary
 from mainrun.console import printable
 from mainrun.environment import secret_values, without_secrets
-from mainrun.errors import RunFailed, UserError, one_line
+from mainrun.errors import UserError, one_line
 from mainrun.markdown import code, embedded, escaped, fenced, link, message, table
 from mainrun.record import read_events
 from mainrun.result import read_result, resume_command
@@ -44,7 +44,7 @@ _TASKS = {
     "evaluate": "Evaluation",
     "generate": "Generation",
 }
-_UNREADABLE = (UserError, RunFailed, OSError, AttributeError, KeyError, TypeError, ValueError)
+_UNREADABLE = (UserError, OSError, AttributeError, KeyError, TypeError, ValueError)
 """What a damaged record may raise: the rest of the page is wanted all the more then."""
 
 _ESCAPE_CODES = re.compile(

@@ -1,9 +1,10 @@
 """The record of a run: `events.jsonl`, one fact a line, and the table of its metrics.
 
 Here the file is written, read back and made into rows; nothing here knows what an event means,
-but for two things. A field whose name has a slash is a metric (`val/loss`), and so is
-`elapsed_seconds`. And `resumed` voids what was logged after its step: the process that logged it
-died, and the resumed one walks those steps again. `metrics.csv` is the rows as a table.
+but for three things. A field whose name has a slash is a metric (`val/loss`), and so is
+`elapsed_seconds`. `resumed` voids what was logged after its step: the process that logged it
+died, and the resumed one walks those steps again. And a line that lacks what every reader of such
+an event takes for granted is none. `metrics.csv` is the rows as a table.
 """
 
 import contextlib
@@ -14,9 +15,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mainrun.console import say
 from mainrun.errors import RunFailed, UserError
 
 Number = int | float
@@ -26,6 +30,19 @@ WALL_CLOCK = ("perf/", "val/seconds", "elapsed_seconds")
 """Columns that begin so depend on the machine's clock; all others a resumed run has alike."""
 
 _GROUPS = ("train/", "val/", "val_average/", "optimizer/", "precision/", "noise/", "perf/")
+_NEEDED = {
+    "train_step": {"step"},
+    "evaluation": {"step"},
+    "samples": {"step", "texts"},
+    "checkpoint": {"step"},
+    "step_skipped": {"step"},
+    "went_back": {"step"},
+    "stopped_early": {"step", "best_step"},
+    "resumed": {"step"},
+}
+"""Fields without which an event is none, beside its name and its time."""
+
+_SHOWN_LINES = 5  # numbers of lines that are no events
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -45,7 +62,7 @@ class Record:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             self._lock()
-            whole = _whole_events(path.read_bytes())
+            whole = path.read_bytes().rfind(b"\n") + 1  # behind it, a killed process's half line
             if whole and not resume:
                 raise UserError(
                     f"{path} already records a run: resume it with `mainrun resume {path.parent}`, "
@@ -110,20 +127,46 @@ class Record:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events in the order they were logged; the half line a killed process left is no event.
 
-    Raises UserError where there is no such file, RunFailed where a line in the middle is damaged.
+    Nor is a whole line that is damaged: it is told with its number, and skipped. Raises UserError
+    where there is no such file.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: not a run folder's record") from None
-    lines = data[: _whole_events(data)].split(b"\n")[:-1]
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(_finite_or_not(json.loads(line)))
-        except ValueError:
-            raise RunFailed(f"{path}:{number}: damaged: not a JSON object") from None
+    events, skipped = [], []
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        if (event := _event(line)) is not None:
+            events.append(_finite_or_not(event))
+        else:
+            skipped.append(number)
+    if skipped:
+        shown = ", ".join(map(str, skipped[:_SHOWN_LINES]))
+        more = f" and {len(skipped) - _SHOWN_LINES} more" if len(skipped) > _SHOWN_LINES else ""
+        which = f"lines {shown}{more} are no events" if skipped[1:] else f"line {shown} is no event"
+        _warn(f"{path}: {which}: skipped")
     return events
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once: the record is read anew for each of its views."""
+    say(f"warning: {text}")
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """None for a line that is no event."""
+    try:
+        event = json.loads(line)
+        is_event = (
+            isinstance(event["event"], str)
+            and datetime.fromisoformat(event["timestamp"]).tzinfo is not None
+            and type(event.get("step")) in (int, type(None))
+            and all(event.get(name) is not None for name in _NEEDED.get(event["event"], ()))
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return event if is_event else None
 
 
 def metrics(events: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -230,17 +273,6 @@ def _csv_line(cells: Iterable[str]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()
-
-
-def _whole_events(data: bytes) -> int:
-    """Bytes up to the end of the last event that was written whole."""
-    end = data.rfind(b"\n") + 1
-    last = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
-    try:
-        json.loads(data[last:end] or b"{}")
-    except ValueError:
-        return last
-    return end
 
 
 def _finite_or_not(event: dict[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Run:
-    """Raises UserError where there is no run, RunFailed where its record is damaged."""
+    """Raises UserError where there is no run."""
     record = folder / "events.jsonl"
     if not record.is_file():
         raise UserError(
