@@ -22,10 +22,12 @@ from mainrun.errors import UserError
 from mainrun.live_run import LiveRun, Stopping, Watch
 from mainrun.origin import Base
 from mainrun.parts import Parts, Texts
+from mainrun.record import Row, metrics, read_events
 from mainrun.result import resume_command
 from mainrun.tracking import Silent, Tracker, open_tracker
 from mainrun.training import backend, cluster, mesh
 from mainrun.training.checkpoint import Checkpoints, Progress, Restored
+from mainrun.training.loop import evaluated
 from mainrun.training.mesh import Layout
 from mainrun.training.step import TrainState
 from mainrun.wandb_run import check_wandb
@@ -139,7 +141,12 @@ def opened(
         _check_same(f"checkpoint {restored.step if restored else None}")
         if restored is None and base is None and config.training.init_from is not None:
             base = trained.find_base(config, run_dir)
-    step = restored.step if restored else 0
+    step, progress = (restored.step, restored.progress) if restored else (0, Progress())
+    if prepared.overrides is not None and progress.evaluated_step < step:
+        # Killed between an evaluation and what is saved behind it: it is not made again.
+        for row in _evaluations(run_dir, step):
+            progress = evaluated(progress, step, row["val/loss"])
+            watch(step, row)
     telling = open_tracker(
         run_dir,
         config,
@@ -170,9 +177,9 @@ def opened(
         run = LiveRun(config, joined, tracker, saved, stopping, again, watch)
         with memory.explained(compilation.step_bytes, config, joined.network.vocab_size):
             state = restored.state if restored else initial(config, joined, base)
-            if prepared.overrides is None:
-                run.tell_start(run_dir.name, state, compilation)
-            yield Opened(run, state, restored.progress if restored else Progress())
+            if not tracker.has_start:
+                run.tell_start(run_dir.name, state, progress, compilation)
+            yield Opened(run, state, progress)
 
 
 def _made(prepared: Prepared) -> Path:
@@ -246,6 +253,13 @@ def _newest(run_dir: Path, like: TrainState) -> tuple[Restored | None, list[str]
         return None, []
     with Checkpoints(path, read_only=True) as stored:
         return stored.restore_newest(like)
+
+
+def _evaluations(run_dir: Path, step: int) -> list[Row]:
+    """The row of this step, where the record has its evaluation."""
+    path = run_dir / "events.jsonl"
+    rows = metrics(read_events(path)) if path.is_file() else []
+    return [row for row in rows if row["step"] == step and "val/loss" in row]
 
 
 def _restorable(config: Config, joined: Parts, base: Base | None) -> TrainState:

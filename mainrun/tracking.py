@@ -32,6 +32,8 @@ class Tracker:
         self._secrets = secret_values()
         self._wandb: WandbRun | None = None
         self._warned_of_wandb = False
+        self.has_start = False
+        """Whether the record says how the run began."""
         self.ending: str | None = None
 
     def log(self, event: str, step: int | None = None, **fields: Any) -> None:
@@ -86,7 +88,7 @@ class Silent(Tracker):
     """Of a process that leaves the telling to another."""
 
     def __init__(self) -> None:
-        self.ending = None
+        self.has_start, self.ending = False, None
 
     def log(self, event: str, step: int | None = None, **fields: Any) -> None:
         pass
@@ -112,9 +114,13 @@ def open_tracker(
     mode = check_wandb(config)
     record = Record(run_dir / "events.jsonl", resume=resume_step is not None)
     with contextlib.closing(record):
-        known = [e["wandb_id"] for e in read_events(record.path) if "wandb_id" in e]
+        events = read_events(record.path)
+        if not events:
+            _set_aside(run_dir / "metrics.csv")
+        known = [event["wandb_id"] for event in events if event.get("wandb_id")]
         console = Console(total_steps=total_steps, first_step=resume_step or 0, label=label)
         tracker = Tracker(record, Table(run_dir / "metrics.csv", record.path), console)
+        tracker.has_start = any(event["event"] == "run_started" for event in events)
         try:
             tracker.start_wandb(run_dir, config, mode, known[-1] if known else new_id(run_dir))
             yield tracker
@@ -122,6 +128,13 @@ def open_tracker(
             _end(tracker, console, run_dir, error)
             raise
         _end(tracker, console, run_dir, None)
+
+
+def _set_aside(table: Path) -> None:
+    """Of a record that is lost the table is all there is, and it is about to be made anew."""
+    aside = table.with_name("metrics.lost.csv")
+    if table.is_file() and not aside.exists():
+        table.rename(aside)
 
 
 def _end(tracker: Tracker, console: Console, run_dir: Path, error: BaseException | None) -> None:

@@ -1,5 +1,6 @@
 """What a run folder is good for afterwards: its parameters, evaluated, asked for text, built on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def load(
         present = ", ".join(map(str, kept))
         if step is None:
             loss = "val_average/loss" if average else "val/loss"
-            step = _best(run_dir, kept, loss) if checkpoint == "best" else kept[-1]
+            step = _best(run_dir, saved, loss) if checkpoint == "best" else kept[-1]
         elif step not in kept:
             raise UserError(
                 f"{run_dir} no longer has its checkpoint of step {step}: nothing else will do, and "
@@ -180,13 +181,18 @@ def _base(run_dir: Path, step: int | None) -> Base:
     )
 
 
-def _best(run_dir: Path, kept: list[int], loss: str) -> int:
+def _best(run_dir: Path, saved: Checkpoints, loss: str) -> int:
+    """By the record; where that is lost, by `val/loss` as the newest checkpoint knows it."""
+    path, kept = run_dir / "events.jsonl", saved.steps()
     losses = {
         int(row["step"]): row[loss]
-        for row in metrics(read_events(run_dir / "events.jsonl"))
-        if loss in row and row["step"] in kept
+        for row in (metrics(read_events(path)) if path.is_file() else [])
+        if math.isfinite(row.get(loss, math.nan)) and row["step"] in kept
     }
-    return min(losses, key=lambda s: losses[s]) if losses else kept[-1]
+    if losses:
+        return min(losses, key=lambda s: losses[s])
+    best = saved.progress(kept[-1]).best_step
+    return best if best in kept else kept[-1]
 
 
 def evaluate_run(trained: Trained, source: str | None) -> dict[str, float]:

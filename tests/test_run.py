@@ -312,6 +312,51 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
+def test_the_first_evaluation_stands_once_though_the_run_was_killed_behind_it(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints")
+    _forget_after(run_dir, "evaluation", 0)
+    mainrun("resume", run_dir)
+    steps = [e["step"] for e in events(run_dir) if e["event"] == "evaluation"]
+    assert steps == sorted(set(steps))
+    assert steps[0] == 0
+    assert_same_end(run_dir, finished_run)
+    assert progress(run_dir, 40) == progress(finished_run, 40)
+
+
+def test_an_evaluation_of_a_step_that_was_saved_before_it_stands_once(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    """A stop in an evaluation saves the step, and a later process makes the evaluation."""
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    _forget_after(run_dir, "evaluation", 40)
+    path = run_dir / "checkpoints" / "40" / "record" / "metadata"
+    record = json.loads(path.read_text())
+    record["progress"] |= {"evaluated_step": 32, "best_step": 0, "best_loss": 100.0}
+    path.write_text(json.dumps(record))
+    mainrun("resume", run_dir, "training.max_steps=41")
+    rows = [row for row in metrics(events(run_dir)) if "val/loss" in row]
+    assert [e["step"] for e in events(run_dir) if e["event"] == "evaluation"].count(40) == 1
+    assert progress(run_dir, 41)["best_loss"] == min(row["val/loss"] for row in rows)
+
+
+def _forget_after(run_dir: Path, event: str, step: int) -> None:
+    """As if the process had died behind that event."""
+    told = [(e["event"], e.get("step")) for e in events(run_dir)]
+    at = told.index((event, step))
+    lines = (run_dir / "events.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "events.jsonl").write_text("".join(lines[: at + 1]))
+
+
+def progress(run_dir: Path, step: int) -> dict[str, float]:
+    """What that checkpoint knows of the run, but for its seconds."""
+    path = run_dir / "checkpoints" / str(step) / "record" / "metadata"
+    found: dict[str, float] = json.loads(path.read_text())["progress"]
+    return {name: value for name, value in found.items() if name != "train_seconds"}
+
+
 def _forget_the_end(run_dir: Path) -> None:
     """As if the process had died before its last words."""
     path = run_dir / "events.jsonl"
