@@ -55,11 +55,15 @@ class Record:
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
-        """Raises UserError where another process writes the record, or a new run finds an old."""
+        """Raises UserError where another process writes the record, or a new run finds an old;
+        RunFailed where the disk will not have it."""
         import structlog
 
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunFailed(f"{path} cannot be opened: {error.strerror}") from error
         try:
             self._lock()
             whole = path.read_bytes().rfind(b"\n") + 1  # behind it, a killed process's half line
@@ -217,11 +221,18 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     os.replace(partial, path)
 
 
+def write_table(run_dir: Path) -> None:
+    """Makes `metrics.csv` anew from the record; a run without a metric yet has none."""
+    if rows := metrics(read_events(run_dir / "events.jsonl")):
+        write_csv(run_dir / "metrics.csv", rows)
+
+
 class Table:
     """`metrics.csv` while the run goes on: at every moment the rows of what is recorded.
 
     A row is written with its first metric and written over when the step brings more. A new
-    column, or a step before the last, is rare: then the table is made anew from the record.
+    column, or a step before the last, is rare: then the table is made anew from the record. So it
+    is where it was lost, but not at every step: that reads the whole record.
     """
 
     def __init__(self, path: Path, record: Path) -> None:
@@ -230,14 +241,16 @@ class Table:
         self._header: list[str] = []
         self._row: Row = {}
         self._offset = 0  # bytes before the last row
+        self._is_lost = False
 
-    def add(self, event: str, step: int | None, fields: Mapping[str, Any]) -> None:
-        """Takes up an event that is already in the record. Raises RunFailed on a full disk."""
+    def add(self, event: str, step: int | None, fields: Mapping[str, Any]) -> str | None:
+        """Takes up an event that is already in the record; why the table was lost, where it was."""
         values = {} if step is None else metric_fields(fields)
-        if not values and event != "resumed":
-            return
+        if (not values and event != "resumed") or (self._is_lost and event == "train_step"):
+            return None
+        was_lost = self._is_lost
         try:
-            if event == "resumed" or not values.keys() <= set(self._header):
+            if was_lost or event == "resumed" or not values.keys() <= set(self._header):
                 self._rebuild()
             elif step == self._row["step"]:
                 self._put(self._row | values, self._offset)
@@ -246,7 +259,10 @@ class Table:
             else:
                 self._rebuild()
         except OSError as error:
-            raise RunFailed(f"{self.path}: cannot write: {error.strerror}") from error
+            self._is_lost = True
+            return None if was_lost else error.strerror
+        self._is_lost = False
+        return None
 
     def _put(self, row: Row, offset: int) -> None:
         line = _csv_line(_cells(self._header, row)).encode()

@@ -13,6 +13,7 @@ from mainrun.config import Config
 from mainrun.console import say
 from mainrun.model.gpt import num_parameters
 from mainrun.opening import Prepared, opened, prepare, prepare_to_resume
+from mainrun.tracking import write_views
 from mainrun.training import backend, cluster
 from mainrun.training.loop import drive
 from mainrun.training.step import TrainState
@@ -31,11 +32,13 @@ def train(config: Config, run_dir: Path | None, name: str, *, command: Sequence[
 def resume(run_dir: Path, overrides: Sequence[str], *, command: Sequence[str]) -> None:
     """Go on from the newest whole checkpoint, as if never interrupted.
 
-    A finished run is told so and left alone. Raises UserError, RunFailed or Stopped.
+    A finished run is told so, and its views are made anew: it may have been killed before it had
+    them. Raises UserError, RunFailed or Stopped.
     """
     folder.config_to_resume(run_dir, overrides)
     if not overrides and folder.is_finished(run_dir):
         say(f"{run_dir} is finished: nothing is left to do")
+        write_views(run_dir)
         return
     with cluster.together():
         _go(prepare_to_resume(run_dir, overrides, command=command))

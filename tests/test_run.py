@@ -16,7 +16,7 @@ import pytest
 
 from mainrun import config as configs
 from mainrun.record import WALL_CLOCK, metrics, read_events
-from tests.conftest import COMMAND, Mainrun
+from tests.conftest import COMMAND, Disk, Mainrun
 
 
 def arrays(run_dir: Path) -> dict[str, np.ndarray]:
@@ -283,6 +283,20 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(
     assert (finished_run / "events.jsonl").read_bytes() == before
 
 
+def test_a_run_that_was_killed_before_its_last_words_has_its_views_at_the_next_resume(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    """Behind `finished`, which ends a record, and before the views of it."""
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(run_dir / "plots")
+    for name in ("summary.json", "summary.md", "metrics.csv"):
+        (run_dir / name).unlink()
+    assert "is finished" in mainrun("resume", run_dir).stderr
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
+    assert reproducible_table(run_dir) == reproducible_table(finished_run)
+    assert len(list((run_dir / "plots").iterdir())) == 3
+
+
 def test_a_finished_run_goes_on_when_it_is_given_more_steps(
     tmp_path: Path, finished_run: Path, mainrun: Mainrun
 ) -> None:
@@ -375,25 +389,18 @@ def _stop_between_saves(process: subprocess.Popen, run_dir: Path) -> None:
         os.sched_yield()
 
 
+@pytest.mark.parametrize("disk", ["size=20m"], indirect=True)
 def test_a_full_disk_fails_with_the_reason_and_spares_the_checkpoint_before(
-    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun, disk: Disk
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("cannot mount a small file system here")
-    run_dir = disk / "run"
-    try:
-        process = start("train", *tiny, "training.max_steps=100000", "--run-dir", run_dir)
-        assert _after("checkpoint", 2)(process, run_dir)
-        _stop_between_saves(process, run_dir)
-        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
-        process.send_signal(signal.SIGCONT)
-        told, _ = process.communicate(timeout=120)
-        copied = shutil.copytree(run_dir, tmp_path / "copy")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    run_dir = disk.path / "run"
+    process = start("train", *tiny, "training.max_steps=100000", "--run-dir", run_dir)
+    assert _after("checkpoint", 2)(process, run_dir)
+    _stop_between_saves(process, run_dir)
+    (disk.path / "ballast").write_bytes(bytes(shutil.disk_usage(disk.path).free - 300_000))
+    process.send_signal(signal.SIGCONT)
+    told, _ = process.communicate(timeout=120)
+    copied = shutil.copytree(run_dir, tmp_path / "copy")
     assert process.returncode == 1, told
     assert "no space left" in told.splitlines()[-1].lower()
     assert "Traceback" not in told
