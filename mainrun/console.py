@@ -124,8 +124,9 @@ def say(text: str) -> None:
     """A line for whoever waits, before there is a run to tell of."""
     if _is_quiet:
         return
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal went away
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def lines(event: str, step: int | None, fields: Mapping[str, Any]) -> list[str]:

@@ -82,7 +82,10 @@ class LiveRun:
             layout=joined.layout,
         )
 
-    def tell_start(self, name: str, state: TrainState, compilation: Compilation) -> None:
+    def tell_start(
+        self, name: str, state: TrainState, progress: Progress, compilation: Compilation
+    ) -> None:
+        """What the run is, and the best that it has come to, where the record knows neither."""
         texts = self._parts.texts
         self._tracker.log(
             "run_started",
@@ -107,6 +110,8 @@ class LiveRun:
             estimated_step_bytes=compilation.estimate.total_bytes,
             memory_bytes=compilation.estimate.by_part,
         )
+        if progress.best_step >= 0:  # the record is lost, and a checkpoint was not
+            self._tracker.log("evaluation", progress.best_step, **{"val/loss": progress.best_loss})
 
     def course(self, trainee: Trainee, progress: Progress) -> Course:
         """The run from here to its end, for whoever takes its steps. Raises as `loop.course`."""

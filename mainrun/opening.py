@@ -23,11 +23,13 @@ from mainrun.fingerprint import check_data, fingerprint
 from mainrun.live_run import LiveRun, Stopping, Watch
 from mainrun.origin import Base
 from mainrun.parts import Parts, Texts
+from mainrun.record import Row, metrics, read_events
 from mainrun.result import resume_command
 from mainrun.tracking import Silent, Tracker, open_tracker
 from mainrun.trained import Which
 from mainrun.training import backend, cluster, mesh
 from mainrun.training.checkpoint import Checkpoints, Damaged, Progress, Restored
+from mainrun.training.loop import evaluated
 from mainrun.training.mesh import Layout
 from mainrun.training.step import TrainState
 from mainrun.wandb_run import check_wandb
@@ -141,7 +143,12 @@ def opened(
         _check_same(f"checkpoint {restored.step if restored else None}")
         if restored is None and base is None and config.training.init_from is not None:
             base = trained.find_base(config, run_dir)
-    step = restored.step if restored else 0
+    step, progress = (restored.step, restored.progress) if restored else (0, Progress())
+    if prepared.overrides is not None and progress.evaluated_step < step:
+        # Killed between an evaluation and what is saved behind it: it is not made again.
+        for row in _evaluations(run_dir, step):
+            progress = evaluated(progress, step, row["val/loss"])
+            watch(step, row)
     telling = open_tracker(
         run_dir,
         config,
@@ -185,9 +192,9 @@ def opened(
         run = LiveRun(config, joined, tracker, saved, stopping, resume_command(run_dir), watch)
         with memory.explained(compilation.step_bytes, config, joined.network.vocab_size):
             state = restored.state if restored else initial(config, joined, base)
-            if prepared.overrides is None:
-                run.tell_start(run_dir.name, state, compilation)
-            yield Opened(run, state, restored.progress if restored else Progress())
+            if not tracker.has_start:
+                run.tell_start(run_dir.name, state, progress, compilation)
+            yield Opened(run, state, progress)
 
 
 def _made(prepared: Prepared) -> Path:
@@ -270,6 +277,13 @@ def _restored(
             raise RunFailed(
                 f"{path / str(step)} is damaged ({error}): nothing was changed"
             ) from error
+
+
+def _evaluations(run_dir: Path, step: int) -> list[Row]:
+    """The row of this step, where the record has its evaluation."""
+    path = run_dir / "events.jsonl"
+    rows = metrics(read_events(path)) if path.is_file() else []
+    return [row for row in rows if row["step"] == step and "val/loss" in row]
 
 
 def _restorable(config: Config, joined: Parts, base: Base | None) -> TrainState:

@@ -1,9 +1,10 @@
 """The record of a run: `events.jsonl`, one fact a line, and the table of its metrics.
 
 Here the file is written, read back and made into rows; nothing here knows what an event means,
-but for two things. A field whose name has a slash is a metric (`val/loss`), and so is
-`elapsed_seconds`. And `resumed` voids what was logged after its step: the process that logged it
-died, and the resumed one walks those steps again. `metrics.csv` is the rows as a table.
+but for three things. A field whose name has a slash is a metric (`val/loss`), and so is
+`elapsed_seconds`. `resumed` voids what was logged after its step: the process that logged it
+died, and the resumed one walks those steps again. And a line that lacks what every reader of such
+an event takes for granted is none. `metrics.csv` is the rows as a table.
 """
 
 import contextlib
@@ -14,9 +15,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mainrun.console import say
 from mainrun.errors import RunFailed, UserError
 
 Number = int | float
@@ -26,6 +30,19 @@ WALL_CLOCK = ("perf/", "val/seconds", "elapsed_seconds")
 """Columns that begin so depend on the machine's clock; all others a resumed run has alike."""
 
 _GROUPS = ("train/", "val/", "val_average/", "optimizer/", "precision/", "noise/", "perf/")
+_NEEDED = {
+    "train_step": {"step"},
+    "evaluation": {"step"},
+    "samples": {"step", "texts"},
+    "checkpoint": {"step"},
+    "step_skipped": {"step"},
+    "went_back": {"step"},
+    "stopped_early": {"step", "best_step"},
+    "resumed": {"step"},
+}
+"""Fields without which an event is none, beside its name and its time."""
+
+_SHOWN_LINES = 5  # numbers of lines that are no events
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -38,14 +55,18 @@ class Record:
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
-        """Raises UserError where another process writes the record, or a new run finds an old."""
+        """Raises UserError where another process writes the record, or a new run finds an old;
+        RunFailed where the disk will not have it."""
         import structlog
 
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunFailed(f"{path} cannot be opened: {error.strerror}") from error
         try:
             self._lock()
-            whole = _whole_events(path.read_bytes())
+            whole = path.read_bytes().rfind(b"\n") + 1  # behind it, a killed process's half line
             if whole and not resume:
                 raise UserError(
                     f"{path} already records a run: resume it with `mainrun resume {path.parent}`, "
@@ -110,20 +131,46 @@ class Record:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events in the order they were logged; the half line a killed process left is no event.
 
-    Raises UserError where there is no such file, RunFailed where a line in the middle is damaged.
+    Nor is a whole line that is damaged: it is told with its number, and skipped. Raises UserError
+    where there is no such file.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: not a run folder's record") from None
-    lines = data[: _whole_events(data)].split(b"\n")[:-1]
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(_finite_or_not(json.loads(line)))
-        except ValueError:
-            raise RunFailed(f"{path}:{number}: damaged: not a JSON object") from None
+    events, skipped = [], []
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        if (event := _event(line)) is not None:
+            events.append(_finite_or_not(event))
+        else:
+            skipped.append(number)
+    if skipped:
+        shown = ", ".join(map(str, skipped[:_SHOWN_LINES]))
+        more = f" and {len(skipped) - _SHOWN_LINES} more" if len(skipped) > _SHOWN_LINES else ""
+        which = f"lines {shown}{more} are no events" if skipped[1:] else f"line {shown} is no event"
+        _warn(f"{path}: {which}: skipped")
     return events
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once: the record is read anew for each of its views."""
+    say(f"warning: {text}")
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """None for a line that is no event."""
+    try:
+        event = json.loads(line)
+        is_event = (
+            isinstance(event["event"], str)
+            and datetime.fromisoformat(event["timestamp"]).tzinfo is not None
+            and type(event.get("step")) in (int, type(None))
+            and all(event.get(name) is not None for name in _NEEDED.get(event["event"], ()))
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return event if is_event else None
 
 
 def metrics(events: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -174,11 +221,18 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     os.replace(partial, path)
 
 
+def write_table(run_dir: Path) -> None:
+    """Makes `metrics.csv` anew from the record; a run without a metric yet has none."""
+    if rows := metrics(read_events(run_dir / "events.jsonl")):
+        write_csv(run_dir / "metrics.csv", rows)
+
+
 class Table:
     """`metrics.csv` while the run goes on: at every moment the rows of what is recorded.
 
     A row is written with its first metric and written over when the step brings more. A new
-    column, or a step before the last, is rare: then the table is made anew from the record.
+    column, or a step before the last, is rare: then the table is made anew from the record. So it
+    is where it was lost, but not at every step: that reads the whole record.
     """
 
     def __init__(self, path: Path, record: Path) -> None:
@@ -187,14 +241,16 @@ class Table:
         self._header: list[str] = []
         self._row: Row = {}
         self._offset = 0  # bytes before the last row
+        self._is_lost = False
 
-    def add(self, event: str, step: int | None, fields: Mapping[str, Any]) -> None:
-        """Takes up an event that is already in the record. Raises RunFailed on a full disk."""
+    def add(self, event: str, step: int | None, fields: Mapping[str, Any]) -> str | None:
+        """Takes up an event that is already in the record; why the table was lost, where it was."""
         values = {} if step is None else metric_fields(fields)
-        if not values and event != "resumed":
-            return
+        if (not values and event != "resumed") or (self._is_lost and event == "train_step"):
+            return None
+        was_lost = self._is_lost
         try:
-            if event == "resumed" or not values.keys() <= set(self._header):
+            if was_lost or event == "resumed" or not values.keys() <= set(self._header):
                 self._rebuild()
             elif step == self._row["step"]:
                 self._put(self._row | values, self._offset)
@@ -203,7 +259,10 @@ class Table:
             else:
                 self._rebuild()
         except OSError as error:
-            raise RunFailed(f"{self.path}: cannot write: {error.strerror}") from error
+            self._is_lost = True
+            return None if was_lost else error.strerror
+        self._is_lost = False
+        return None
 
     def _put(self, row: Row, offset: int) -> None:
         line = _csv_line(_cells(self._header, row)).encode()
@@ -230,17 +289,6 @@ def _csv_line(cells: Iterable[str]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()
-
-
-def _whole_events(data: bytes) -> int:
-    """Bytes up to the end of the last event that was written whole."""
-    end = data.rfind(b"\n") + 1
-    last = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
-    try:
-        json.loads(data[last:end] or b"{}")
-    except ValueError:
-        return last
-    return end
 
 
 def _finite_or_not(event: dict[str, Any]) -> dict[str, Any]:

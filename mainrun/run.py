@@ -13,6 +13,7 @@ from mainrun.config import Config
 from mainrun.console import say
 from mainrun.model.gpt import num_parameters
 from mainrun.opening import Prepared, opened, prepare, prepare_to_resume
+from mainrun.tracking import write_views
 from mainrun.trained import Which
 from mainrun.training import backend, cluster
 from mainrun.training.loop import drive
@@ -38,13 +39,15 @@ def resume(
 ) -> None:
     """Go on from the newest whole checkpoint, as if never interrupted; or from another.
 
-    Checkpoints after that one are set aside. A finished run is told so and left alone.
+    Checkpoints after that one are set aside. A finished run is told so, and its views are made
+    anew: it may have been killed before it had them.
 
     Raises UserError, RunFailed or Stopped.
     """
     run_config.load_to_resume(run_dir, overrides)
     if not overrides and checkpoint == "newest" and folder.is_finished(run_dir):
         say(f"{run_dir} is finished: nothing is left to do")
+        write_views(run_dir)
         return
     with cluster.together():
         _go(prepare_to_resume(run_dir, overrides, command=command, checkpoint=checkpoint))

@@ -14,10 +14,10 @@ from typing import Any
 
 from mainrun import plots, summary
 from mainrun.config import Config
-from mainrun.console import Console
+from mainrun.console import Console, say
 from mainrun.environment import secret_values, without_secrets
 from mainrun.errors import RunFailed, Stopped, UserError, named
-from mainrun.record import Record, Table, read_events
+from mainrun.record import Record, Table, read_events, write_table
 from mainrun.result import resume_command
 from mainrun.wandb_run import EXIT_CODES, Mode, WandbRun, check_wandb, new_id
 
@@ -32,19 +32,25 @@ class Tracker:
         self._secrets = secret_values()
         self._wandb: WandbRun | None = None
         self._warned_of_wandb = False
+        self.has_start = False
+        """Whether the record says how the run began."""
         self.ending: str | None = None
 
     def log(self, event: str, step: int | None = None, **fields: Any) -> None:
         """Tells `event`. A field with a slash in its name is a metric, in its unit of the README.
 
         Numbers may be Python's, NumPy's or scalars of JAX (which are fetched here). Raises
-        RunFailed, naming file and reason, where the disk does not take it.
+        RunFailed, naming file and reason, where the disk does not take it into the record; a table
+        that is lost is a warning.
         """
         told = {name: _plain(value, self._secrets) for name, value in fields.items()}
         if event in EXIT_CODES:
             self.ending = event
         self._record.append(event, step, told)
-        self._table.add(event, step, told)
+        if trouble := self._table.add(event, step, told):
+            path = self._table.path
+            message = f"{path}: cannot be written ({trouble}); it is made again from the record"
+            self.log("warning", message=message)
         self._console.show(event, step, told)
         if self._wandb is not None:
             self._guarded(lambda wandb: wandb.tell(event, step, told))
@@ -86,7 +92,7 @@ class Silent(Tracker):
     """Of a process that leaves the telling to another."""
 
     def __init__(self) -> None:
-        self.ending = None
+        self.has_start, self.ending = False, None
 
     def log(self, event: str, step: int | None = None, **fields: Any) -> None:
         pass
@@ -112,9 +118,13 @@ def open_tracker(
     mode = check_wandb(config)
     record = Record(run_dir / "events.jsonl", resume=resume_step is not None)
     with contextlib.closing(record):
-        known = [e["wandb_id"] for e in read_events(record.path) if "wandb_id" in e]
+        events = read_events(record.path)
+        if not events:
+            _set_aside(run_dir / "metrics.csv")
+        known = [event["wandb_id"] for event in events if event.get("wandb_id")]
         console = Console(total_steps=total_steps, first_step=resume_step or 0, label=label)
         tracker = Tracker(record, Table(run_dir / "metrics.csv", record.path), console)
+        tracker.has_start = any(event["event"] == "run_started" for event in events)
         try:
             tracker.start_wandb(run_dir, config, mode, known[-1] if known else new_id(run_dir))
             yield tracker
@@ -122,6 +132,30 @@ def open_tracker(
             _end(tracker, console, run_dir, error)
             raise
         _end(tracker, console, run_dir, None)
+
+
+def write_views(run_dir: Path) -> None:
+    """Makes table, summary and plots anew from the record, of a run that nobody is writing."""
+    try:
+        record = Record(run_dir / "events.jsonl", resume=True)
+    except UserError:  # another process is
+        return
+    except RunFailed as trouble:
+        say(f"warning: {trouble}")
+        return
+    with contextlib.closing(record):
+        for write in (write_table, summary.write_summary, plots.write_plots):
+            try:
+                write(run_dir)
+            except Exception as trouble:
+                say(f"warning: {named(trouble)}")
+
+
+def _set_aside(table: Path) -> None:
+    """Of a record that is lost the table is all there is, and it is about to be made anew."""
+    aside = table.with_name("metrics.lost.csv")
+    if table.is_file() and not aside.exists():
+        table.rename(aside)
 
 
 def _end(tracker: Tracker, console: Console, run_dir: Path, error: BaseException | None) -> None:
@@ -141,6 +175,7 @@ def _end(tracker: Tracker, console: Console, run_dir: Path, error: BaseException
     result: list[str] = []
     # W&B before the pictures: after a SIGTERM time is short, and pictures can be made any day.
     for last_work in (
+        lambda: write_table(run_dir),
         lambda: result.extend(summary.result_lines(summary.write_summary(run_dir))),
         lambda: tracker.finish_wandb(ending),
         lambda: plots.write_plots(run_dir),

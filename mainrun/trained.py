@@ -170,6 +170,7 @@ def _base(run_dir: Path, step: int | None) -> Base:
 def step_of(run_dir: Path, checkpoint: Which, loss: str = "val/loss") -> int:
     """The step that this means among the checkpoints there are; of those never scored the newest.
 
+    The best is that of the record; where that is lost, the one that the newest checkpoint knows.
     Raises UserError where the run has no such checkpoint.
     """
     steps = folder.checkpoint_steps(run_dir)
@@ -179,13 +180,17 @@ def step_of(run_dir: Path, checkpoint: Which, loss: str = "val/loss") -> int:
         case "newest":
             return steps[-1]
         case "best":
-            rows = metrics(read_events(run_dir / "events.jsonl"))
-            scored = {
+            path = run_dir / "events.jsonl"
+            losses = {
                 int(row["step"]): row[loss]
-                for row in rows
-                if math.isfinite(row.get(loss, math.nan))
+                for row in (metrics(read_events(path)) if path.is_file() else [])
+                if math.isfinite(row.get(loss, math.nan)) and row["step"] in steps
             }
-            return min(scored.keys() & set(steps), key=scored.__getitem__, default=steps[-1])
+            if losses:
+                return min(losses, key=losses.__getitem__)
+            with Checkpoints(run_dir / "checkpoints", read_only=True) as saved:
+                best = saved.progress(steps[-1]).best_step
+            return best if best in steps else steps[-1]
         case step:
             if step not in steps:
                 raise UserError(

@@ -109,7 +109,7 @@ def test_other_data_than_the_runs_is_refused_on_resume(
     other = tmp_path / "other.txt"
     other.write_text("Another text entirely, but long enough to be one.\n" * 300)
     words = (f"data.source=file:{other}", "training.max_steps=50")
-    assert "not what the run was trained on" in refusal(capsys, "resume", finished_run, *words)
+    assert "was trained on (fingerprint" in refusal(capsys, "resume", finished_run, *words)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(

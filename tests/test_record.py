@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mainrun.errors import RunFailed, UserError
+from mainrun.errors import UserError
 from mainrun.record import WALL_CLOCK, Record, Table, columns, metrics, read_events, write_csv
 
 
@@ -65,7 +65,7 @@ def test_text_that_is_no_unicode_is_written_and_read_back(path: Path):
     assert read_events(path)[0]["message"] == "file \udcff"
 
 
-@pytest.mark.parametrize("torn", [b'{"event": "train_st', b'{"event": "x"}', b"\0\0\0\n"])
+@pytest.mark.parametrize("torn", [b'{"event": "train_st', b'{"event": "x"}', b"\0\0\0"])
 def test_a_half_written_last_line_is_no_event_and_is_cut_off_at_resume(path: Path, torn: bytes):
     written(path, ("train_step", 1, {}), ("train_step", 2, {}))
     whole = path.read_bytes()
@@ -76,11 +76,55 @@ def test_a_half_written_last_line_is_no_event_and_is_cut_off_at_resume(path: Pat
     assert [e["event"] for e in read_events(path)] == ["train_step", "train_step", "resumed"]
 
 
-def test_a_damaged_line_in_the_middle_is_named(path: Path):
+AT = b'"timestamp": "2026-01-01T00:00:00Z"'
+NO_EVENTS = [
+    b"garbage",
+    b"5",
+    b"null",
+    b"{}",
+    b"[]",
+    b"",
+    b"\0\0\0",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"event": "warning"}',
+    b'{"event": "warning", "timestamp": "yesterday"}',
+    b'{"event": "warning", "timestamp": "2026-01-01"}',
+    b'{"event": 5, %s}' % AT,
+    b"{%s}" % AT,
+    b'{"event": "train_step", %s}' % AT,
+    b'{"event": "train_step", %s, "step": null}' % AT,
+    b'{"event": "warning", %s, "step": "1"}' % AT,
+    b'{"event": "warning", %s, "step": true}' % AT,
+    b'{"event": "samples", %s, "step": 1}' % AT,
+    b'{"event": "stopped_early", %s, "step": 1}' % AT,
+]
+
+
+@pytest.mark.parametrize("line", NO_EVENTS, ids=lambda line: str(line[:60]))
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_line_that_is_no_event_is_told_with_its_number_and_costs_itself_alone(
+    path: Path, line: bytes, place: int, capsys: pytest.CaptureFixture[str]
+):
     written(path, ("train_step", 1, {}), ("train_step", 2, {}))
-    path.write_bytes(path.read_bytes().replace(b'{"event"', b"{event", 1))
-    with pytest.raises(RunFailed, match=r"events\.jsonl:1: damaged"):
-        read_events(path)
+    lines = path.read_bytes().splitlines()
+    damaged = b"".join(x + b"\n" for x in [*lines[:place], line, *lines[place:]])
+    path.write_bytes(damaged)
+    assert [e["step"] for e in read_events(path)] == [1, 2]
+    assert capsys.readouterr().err == f"warning: {path}: line {place + 1} is no event: skipped\n"
+    written(path, ("resumed", 1, {}))
+    assert path.read_bytes().startswith(damaged + b'{"event": "resumed"')
+    assert [e["event"] for e in read_events(path)] == ["train_step", "train_step", "resumed"]
+    assert capsys.readouterr().err == ""  # once is enough
+
+
+def test_of_many_lines_that_are_no_events_the_first_few_are_told(
+    path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path.write_bytes(b"5\n" * 1000)
+    assert read_events(path) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("lines 1, 2, 3, 4, 5 and 995 more are no events: skipped")
 
 
 def test_a_folder_without_a_record_is_the_users_mistake(path: Path):

@@ -17,7 +17,7 @@ import pytest
 from mainrun import config as configs
 from mainrun import trained
 from mainrun.record import WALL_CLOCK, metrics, read_events
-from tests.conftest import COMMAND, Mainrun
+from tests.conftest import COMMAND, Disk, Mainrun
 
 
 def arrays(run_dir: Path) -> dict[str, np.ndarray]:
@@ -287,6 +287,20 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(
     assert (finished_run / "events.jsonl").read_bytes() == before
 
 
+def test_a_run_that_was_killed_before_its_last_words_has_its_views_at_the_next_resume(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    """Behind `finished`, which ends a record, and before the views of it."""
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(run_dir / "plots")
+    for name in ("summary.json", "summary.md", "metrics.csv"):
+        (run_dir / name).unlink()
+    assert "is finished" in mainrun("resume", run_dir).stderr
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
+    assert reproducible_table(run_dir) == reproducible_table(finished_run)
+    assert len(list((run_dir / "plots").iterdir())) == 3
+
+
 @pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_given_more_steps(
     tmp_path: Path, finished_run: Path, mainrun: Mainrun
@@ -344,6 +358,51 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
+def test_the_first_evaluation_stands_once_though_the_run_was_killed_behind_it(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints")
+    _forget_after(run_dir, "evaluation", 0)
+    mainrun("resume", run_dir)
+    steps = [e["step"] for e in events(run_dir) if e["event"] == "evaluation"]
+    assert steps == sorted(set(steps))
+    assert steps[0] == 0
+    assert_same_end(run_dir, finished_run)
+    assert progress(run_dir, 40) == progress(finished_run, 40)
+
+
+def test_an_evaluation_of_a_step_that_was_saved_before_it_stands_once(
+    tmp_path: Path, finished_run: Path, mainrun: Mainrun
+) -> None:
+    """A stop in an evaluation saves the step, and a later process makes the evaluation."""
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    _forget_after(run_dir, "evaluation", 40)
+    path = run_dir / "checkpoints" / "40" / "record" / "metadata"
+    record = json.loads(path.read_text())
+    record["progress"] |= {"evaluated_step": 32, "best_step": 0, "best_loss": 100.0}
+    path.write_text(json.dumps(record))
+    mainrun("resume", run_dir, "training.max_steps=41")
+    rows = [row for row in metrics(events(run_dir)) if "val/loss" in row]
+    assert [e["step"] for e in events(run_dir) if e["event"] == "evaluation"].count(40) == 1
+    assert progress(run_dir, 41)["best_loss"] == min(row["val/loss"] for row in rows)
+
+
+def _forget_after(run_dir: Path, event: str, step: int) -> None:
+    """As if the process had died behind that event."""
+    told = [(e["event"], e.get("step")) for e in events(run_dir)]
+    at = told.index((event, step))
+    lines = (run_dir / "events.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "events.jsonl").write_text("".join(lines[: at + 1]))
+
+
+def progress(run_dir: Path, step: int) -> dict[str, float]:
+    """What that checkpoint knows of the run, but for its seconds."""
+    path = run_dir / "checkpoints" / str(step) / "record" / "metadata"
+    found: dict[str, float] = json.loads(path.read_text())["progress"]
+    return {name: value for name, value in found.items() if name != "train_seconds"}
+
+
 def _forget_the_end(run_dir: Path) -> None:
     """As if the process had died before its last words."""
     path = run_dir / "events.jsonl"
@@ -363,25 +422,18 @@ def _stop_between_saves(process: subprocess.Popen, run_dir: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("disk", ["size=20m"], indirect=True)
 def test_a_full_disk_fails_with_the_reason_and_spares_the_checkpoint_before(
-    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun, disk: Disk
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("cannot mount a small file system here")
-    run_dir = disk / "run"
-    try:
-        process = start("train", *tiny, "training.max_steps=100000", "--run-dir", run_dir)
-        assert _after("checkpoint", 2)(process, run_dir)
-        _stop_between_saves(process, run_dir)
-        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
-        process.send_signal(signal.SIGCONT)
-        told, _ = process.communicate(timeout=120)
-        copied = shutil.copytree(run_dir, tmp_path / "copy")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    run_dir = disk.path / "run"
+    process = start("train", *tiny, "training.max_steps=100000", "--run-dir", run_dir)
+    assert _after("checkpoint", 2)(process, run_dir)
+    _stop_between_saves(process, run_dir)
+    (disk.path / "ballast").write_bytes(bytes(shutil.disk_usage(disk.path).free - 300_000))
+    process.send_signal(signal.SIGCONT)
+    told, _ = process.communicate(timeout=120)
+    copied = shutil.copytree(run_dir, tmp_path / "copy")
     assert process.returncode == 1, told
     assert "no space left" in told.splitlines()[-1].lower()
     assert "Traceback" not in told

@@ -346,6 +346,26 @@ def test_a_worker_that_is_killed_takes_one_trial_with_it(
     assert reason == "killed by SIGKILL: the machine may be out of memory"
 
 
+def test_a_trial_that_ended_behind_the_back_of_its_sweep_has_its_views(
+    folder: Path, finished_run: Path
+):
+    """Its worker was killed between the run's last word and the sweep's."""
+    file = write(folder, {"training.max_steps": [3]})
+    made = sweep_folder.open_folder(file, sweep_file.read(file), Path("a"))
+    study = Study(made.folder, made.space, made.base.seed)
+    study.want(1)
+    trial = study.begin()
+    assert trial is not None
+    study.close()
+    run_dir = shutil.copytree(finished_run, made.run_dir(trial))
+    for name in ("summary.json", "metrics.csv"):
+        (run_dir / name).unlink()
+    sweep.run(Path("a"))
+    assert statuses(Path("a")) == ["finished"]
+    assert summary(run_dir)["status"] == "finished"
+    assert (run_dir / "metrics.csv").is_file()
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_takes_its_worker_along_and_the_next_one_waits_for_it(
     folder: Path, processes: list[subprocess.Popen]

@@ -21,9 +21,10 @@ import pytest
 
 from mainrun import config
 from mainrun.errors import RunFailed, Stopped, UserError
-from mainrun.record import WALL_CLOCK, read_events
-from mainrun.tracking import Tracker, open_tracker
+from mainrun.record import WALL_CLOCK, metrics, read_events
+from mainrun.tracking import Tracker, open_tracker, write_views
 from mainrun.wandb_run import check_wandb
+from tests.conftest import Disk
 
 DISABLED = config.load(None, ["tracking.wandb=disabled"])
 SECRET = "a-secret-0123456789-0123456789-0123456789"
@@ -436,6 +437,105 @@ def test_a_picture_that_cannot_be_drawn_does_not_change_how_the_run_ended(run_di
         train(tracker, range(1, 3), seconds=1.0)
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
     assert "FileExistsError" in read_events(run_dir / "events.jsonl")[-1]["message"]
+
+
+def spoil(path: Path, how: str) -> None:
+    """What happens to a table while a run goes on."""
+    if path.exists() or path.is_symlink():
+        path.unlink()
+    match how:
+        case "a folder":
+            path.mkdir()
+        case "on a full disk":
+            path.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("how", ["deleted", "a folder", "on a full disk"])
+def test_a_table_that_is_lost_while_a_run_goes_on_is_a_warning_and_made_again(
+    run_dir: Path, how: str
+):
+    """At the next evaluation, else at the end."""
+    path = run_dir / "metrics.csv"
+    with open_tracker(run_dir, DISABLED, total_steps=20) as tracker:
+        train(tracker, range(1, 5), seconds=1.0)
+        spoil(path, how)
+        train(tracker, range(5, 6), seconds=1.0)
+        train(tracker, range(6, 11), seconds=1.0)
+        if how != "a folder":
+            assert table(path)["step"] == [str(step) for step in range(1, 11)]
+        else:
+            path.rmdir()
+            train(tracker, range(11, 12), seconds=1.0)
+            assert not path.exists()
+        spoil(path, how)
+        train(tracker, range(12, 13), seconds=1.0)
+        if path.is_dir():
+            path.rmdir()
+    assert table(path)["step"] == [row["step"] for row in metrics_of(run_dir)]
+    messages = [e["message"] for e in read_events(run_dir / "events.jsonl") if "message" in e]
+    assert len(messages) == (1 if how == "a folder" else 2)
+    assert all(message.startswith(f"{path}: cannot be written (") for message in messages)
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of the record, as the table spells them."""
+    rows = metrics(read_events(run_dir / "events.jsonl"))
+    return [{name: repr(value) for name, value in row.items()} for row in rows]
+
+
+VIEWS = (
+    "metrics.csv", "summary.json", "summary.md",
+    "plots/loss.png", "plots/learning_rate.png", "plots/throughput.png",
+)  # fmt: skip
+
+
+def test_the_views_of_a_record_are_made_again_by_themselves(run_dir: Path):
+    with open_tracker(run_dir, DISABLED, total_steps=6) as tracker:
+        train(tracker, range(1, 7), seconds=1.0)
+    before = {name: (run_dir / name).read_bytes() for name in VIEWS}
+    record = (run_dir / "events.jsonl").read_bytes()
+    for name in VIEWS:
+        (run_dir / name).unlink()
+    (run_dir / "summary.md").write_text("of an earlier process")
+    write_views(run_dir)
+    assert {name: (run_dir / name).read_bytes() for name in VIEWS} == before
+    assert (run_dir / "events.jsonl").read_bytes() == record
+
+
+def test_views_that_another_process_is_about_to_write_are_left_to_it(run_dir: Path):
+    with open_tracker(run_dir, DISABLED, total_steps=6) as tracker:
+        train(tracker, range(1, 7), seconds=1.0)
+        write_views(run_dir)
+        assert not (run_dir / "summary.json").exists()
+
+
+def test_views_that_cannot_be_written_are_told_of_and_raise_nothing(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    with open_tracker(run_dir, DISABLED, total_steps=6) as tracker:
+        train(tracker, range(1, 7), seconds=1.0)
+    (run_dir / "summary.json").unlink()
+    (run_dir / "summary.json").mkdir()
+    (run_dir / "plots" / "loss.png").unlink()
+    capsys.readouterr()
+    write_views(run_dir)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: IsADirectoryError: ")
+    assert (run_dir / "plots" / "loss.png").is_file()
+
+
+def test_views_on_a_disk_that_only_reads_are_a_warning(
+    disk: Disk, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = disk.path / "run"
+    run_dir.mkdir()
+    with open_tracker(run_dir, DISABLED, total_steps=6) as tracker:
+        train(tracker, range(1, 7), seconds=1.0)
+    disk.remount("ro")
+    capsys.readouterr()
+    write_views(run_dir)
+    path = run_dir / "events.jsonl"
+    assert capsys.readouterr().err == f"warning: {path} cannot be opened: Read-only file system\n"
 
 
 def test_what_is_no_plain_value_is_a_mistake_of_ours(run_dir: Path):

@@ -87,9 +87,14 @@ def is_run(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Run:
-    """Raises UserError where there is no run, RunFailed where its record is damaged."""
+    """Raises UserError where there is no run."""
     record = folder / "events.jsonl"
     if not record.is_file():
+        if (folder / "checkpoints").is_dir():
+            raise UserError(
+                f"{folder} has lost its record, events.jsonl: `mainrun resume {folder}` begins "
+                "another with what its checkpoints hold"
+            )
         raise UserError(
             f"{folder} is no run folder: it has no events.jsonl; name a folder under runs/"
         )

@@ -102,7 +102,9 @@ def _run(run_dir: Path, config: Config) -> Run | str:
     if not losses or not math.isfinite(losses[-1]):
         return "its last loss is no number"
     started = last_event(events, "run_started")
-    tokens, epochs = told["tokens_seen"], told["steps"] / started["steps_per_epoch"]
+    tokens = told["tokens_seen"]
+    if tokens is None or not {"parameters", "vocab_size"} <= started.keys():
+        return "its record no longer says how it began"
     if not tokens:
         return "it has seen no tokens"
     every, outside = _sizes(config.model, config.data.context_length, started["vocab_size"])
@@ -113,7 +115,7 @@ def _run(run_dir: Path, config: Config) -> Run | str:
         parameters=every,
         non_embedding=outside,
         tokens=tokens,
-        epochs=epochs,
+        epochs=told["steps"] / started["steps_per_epoch"],
         last=losses[-1],
         best=min(filter(math.isfinite, losses)),
         num_documents=config.data.num_documents,

@@ -17,7 +17,7 @@ from typing import Any
 from mainrun import yaml12
 from mainrun.analysis import run_folder
 from mainrun.analysis.run_folder import Run
-from mainrun.errors import RunFailed, UserError
+from mainrun.errors import UserError
 from mainrun.sweep import sweep_file
 from mainrun.sweep.distribution import Choices, Fixed, Interval, Multiples
 from mainrun.sweep.search_space import SearchSpace
@@ -48,7 +48,7 @@ class Trial:
             return None
         try:
             return run_folder.read(self.folder)
-        except (UserError, RunFailed, OSError):
+        except (UserError, OSError):
             return None
 
 
@@ -150,7 +150,7 @@ def _in_progress(folder: Path, space: SearchSpace, listed: Sequence[Trial]) -> l
     for place, path in enumerate((p for p in new if not p.name.startswith(".")), start=1):
         try:
             settings = run_folder.read(path).settings
-        except (UserError, RunFailed):
+        except UserError:
             continue
         values = {name: _setting(settings, name) for name in space.parameters}
         trials.append(Trial(number + place, "running", None, None, None, None, values, "", path))

@@ -24,6 +24,9 @@ from mainrun.promoted import Measured
 from mainrun.record import Row, metrics, read_events
 from mainrun.result import by_loss, last_event, read_result
 
+_OF_THE_START = ("parameters", "steps_per_epoch", "train_tokens", "val_tokens")
+"""What a promoted file needs of the event `run_started`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -159,6 +162,10 @@ def _run(run_dir: Path) -> Evidence:
             f"{evaluations[-1]['val/loss']:.3f}"
         )
     started, best = last_event(events, "run_started"), min(evaluations, key=by_loss)
+    lost = [name for name in _OF_THE_START if name not in started]
+    lost += [name for name in ("val/tokens",) if name not in best]
+    if lost:
+        raise UserError(f"{run_dir} is no evidence: its record no longer says {', '.join(lost)}")
     if best["val/tokens"] != started["val_tokens"]:
         raise UserError(
             f"{run_dir} scored {best['val/tokens']:,} of {started['val_tokens']:,} tokens of its "

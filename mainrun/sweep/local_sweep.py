@@ -23,6 +23,7 @@ from mainrun.sweep import search_space, sweep_folder, sweep_summary
 from mainrun.sweep.search_space import SearchSpace
 from mainrun.sweep.study import Outcome, Study, Trial
 from mainrun.sweep.sweep_folder import Sweep
+from mainrun.tracking import write_views
 
 WORKER = (
     sys.executable, "-P", "-c",
@@ -112,6 +113,7 @@ def _bury(sweep: Sweep, study: Study, trial: Trial, reason: str) -> None:
     """Writes down that the worker died of this trial, unless the trial had come to its end."""
     run_dir = sweep.run_dir(trial)
     if is_finished(run_dir):
+        write_views(run_dir)
         study.finish(trial, sweep_folder.outcome_of(run_dir, sweep.space.metric))
         return
     outcome = Outcome("failed", reason=reason)

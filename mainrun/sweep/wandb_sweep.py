@@ -274,7 +274,7 @@ def _run_folders(runs: Path, ids: set[str]) -> dict[str, Path]:
     """The folder of each run, found by the id that its record keeps."""
     found = {}
     for record in runs.glob("*/events.jsonl"):
-        with contextlib.suppress(UserError, RunFailed, OSError):
+        with contextlib.suppress(UserError):
             for event in read_events(record):
                 if event.get("wandb_id") in ids:
                     found[event["wandb_id"]] = record.parent

@@ -28,6 +28,7 @@ from mainrun.stop import StopSignal, listening
 from mainrun.sweep import search_space, sweep_folder, sweep_summary
 from mainrun.sweep.study import Outcome, Study, Trial
 from mainrun.sweep.sweep_folder import Sweep, load
+from mainrun.tracking import write_views
 from mainrun.training.mesh import ONE
 
 _KEPT_GROUPS = 8  # compiled steps that no trial uses just now
@@ -178,6 +179,7 @@ class _Worker:
                     layout=ONE,
                 )
             if folder.is_finished(run_dir):
+                write_views(run_dir)
                 self._finish(trial, sweep_folder.outcome_of(run_dir, self._made.space.metric))
                 return None
             say(f"{said} (goes on)")

@@ -228,6 +228,10 @@ class Checkpoints:
         arrays, _ = self._read(step, {item: named})
         return {name.removeprefix(prefix): jnp.asarray(a) for name, a in arrays.items()}
 
+    def progress(self, step: int) -> Progress:
+        """What the loop knew when it saved this step; raises as `restore` does."""
+        return self._read(step, {})[1]
+
     def _read(
         self, step: int, items: dict[str, dict[str, Any]]
     ) -> tuple[dict[str, np.ndarray], Progress]:

@@ -130,7 +130,7 @@ def _steps(
             except Stopped:
                 run.save(trainee.state, progress, best=False)
                 raise
-            progress = _evaluated(progress, step, loss)
+            progress = evaluated(progress, step, loss)
             due = due or (progress.best_step == step > 0)
             if step < plan.total_steps and plan.is_over(step, progress):
                 run.log("stopped_early", step, {"best_step": progress.best_step})
@@ -153,7 +153,8 @@ def _steps(
         step += dispatched.steps
 
 
-def _evaluated(progress: Progress, step: int, loss: float) -> Progress:
+def evaluated(progress: Progress, step: int, loss: float) -> Progress:
+    """The progress behind an evaluation that came to this `val/loss`."""
     since_best = progress.evaluations_since_best + 1
     progress = dataclasses.replace(progress, evaluated_step=step, evaluations_since_best=since_best)
     if loss < progress.best_loss:
