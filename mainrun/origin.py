@@ -70,11 +70,11 @@ def check_same_architecture(config: Config, base: Config) -> None:
 
 def _shaping(config: Config) -> dict[str, Any]:
     """The settings that say which parameters there are, and what their numbers mean."""
-    settings = configs.leaves(configs.as_dict(config))
-    shaping = {path: value for path, value in settings.items() if configs.is_of_model(path)}
+    tree = configs.as_dict(config)
+    shaping = configs.leaves({"model": tree["model"], "tokenizer": tree["tokenizer"]})
     if config.model.position == "learned":
         shaping["data.context_length"] = config.data.context_length
-    return shaping
+    return {path: value for path, value in shaping.items() if not configs.is_training_only(path)}
 
 
 def _fits(path: str, ours: Any, theirs: Any) -> bool:

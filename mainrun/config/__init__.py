@@ -7,7 +7,7 @@ holds the two together. `load` makes one frozen `Config` of a file and overrides
 
 from mainrun.config.carried import CARRIED, carried_values, is_zero, structure, with_values
 from mainrun.config.data import Bpe, Char, Data, Tiktoken, Tokenizer, Unigram, WordPiece
-from mainrun.config.effects import is_effect, is_fixed, is_of_model, is_of_text, is_place
+from mainrun.config.effects import is_effect, is_fixed, is_of_text, is_place, is_training_only
 from mainrun.config.kinds import Duration
 from mainrun.config.load import (
     Source,

@@ -52,9 +52,8 @@ def is_fixed(path: str) -> bool:
     return _is_of(FIXED, path) and path not in PLACES
 
 
-def is_of_model(path: str) -> bool:
-    """Whether it decides which parameters there are, and what their numbers mean."""
-    return _is_of(("model", "tokenizer"), path) and not _is_of(TRAINING_ONLY, path)
+def is_training_only(path: str) -> bool:
+    return _is_of(TRAINING_ONLY, path)
 
 
 def is_of_text(path: str) -> bool:
