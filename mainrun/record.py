@@ -90,12 +90,19 @@ class Record:
         )
 
     def append(self, event: str, step: int | None, fields: Mapping[str, Any]) -> None:
-        """Raises RunFailed, naming file and reason, where the disk does not take the line."""
+        """Raises RunFailed, naming file and reason, where the disk does not take the line, or takes
+        it to a place where nobody looks for it: the file was moved or removed."""
         numbered = fields if step is None else {"step": step, **fields}
         try:
             self._logger.info(event, **numbered)
         except OSError as error:
             raise RunFailed(f"{self.path}: cannot write `{event}`: {error.strerror}") from error
+        try:
+            is_in_place = os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except (FileNotFoundError, NotADirectoryError):
+            is_in_place = False
+        if not is_in_place:
+            raise RunFailed(f"{self.path} is gone: it was moved or removed while the run went on")
 
     def close(self) -> None:
         os.close(self._fd)

@@ -171,7 +171,8 @@ def _end(tracker: Tracker, console: Console, run_dir: Path, error: BaseException
         elif tracker.ending != ending:
             tracker.log("finished")
     except RunFailed as full:
-        console.line(f"failed: {full}")
+        if str(full) != str(error):  # which the command tells as its last line
+            console.line(f"failed: {full}")
     result: list[str] = []
     # W&B before the pictures: after a SIGTERM time is short, and pictures can be made any day.
     for last_work in (

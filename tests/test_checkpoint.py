@@ -17,6 +17,7 @@ from mainrun.training.divergence import Guard
 from mainrun.training.noise import Noise
 from mainrun.training.precision import LossScale
 from mainrun.training.step import TrainState
+from tests.conftest import Disk
 
 
 def state(step: int) -> TrainState:
@@ -233,14 +234,21 @@ def test_what_a_killed_save_left_does_not_hinder_the_next(tmp_path: Path, commit
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_a_folder_that_cannot_take_it_is_told_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Checkpoints(tmp_path, keep=2) as saved:
-        full = shutil.disk_usage(tmp_path)._replace(free=1000)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-        with pytest.raises(RunFailed, match="no space left for the checkpoint of step 1"):
+@pytest.mark.parametrize("disk", ["size=512k"], indirect=True)
+def test_a_folder_that_cannot_take_it_is_told_in_one_line(disk: Disk) -> None:
+    with (
+        Checkpoints(disk.path, keep=2) as saved,
+        pytest.raises(RunFailed, match="no space left for the checkpoint of step 1"),
+    ):
+        saved.save(1, state(1), Progress())
+
+
+def test_a_folder_that_is_gone_is_told_in_one_line(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+        with pytest.raises(RunFailed, match=r"step 1 cannot be written: .*No such"):
             saved.save(1, state(1), Progress())
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_a_base_is_not_saved_and_comes_back_as_it_was_given(tmp_path: Path) -> None:

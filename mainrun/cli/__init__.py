@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from mainrun import huge_pages
 from mainrun.cli import calls, words
-from mainrun.errors import RunFailed, Stopped, UserError
+from mainrun.errors import RunFailed, Stopped, UserError, leave, reason_of
 
 _COMPUTES = (calls.train, calls.resume, calls.sweep, calls.find_lr, calls.profile)
 
@@ -29,13 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         huge_pages.ask()
     try:
         call: Callable[[argparse.Namespace], int | None] = options.call
-        return call(options) or 0
+        code = call(options) or 0
+        sys.stdout.flush()  # here, or Python would find the full disk behind our last word
+        return code
     except UserError as error:
         print(f"mainrun: {error}", file=sys.stderr)
         return 2
-    except RunFailed as error:
-        print(f"mainrun: failed: {error}", file=sys.stderr)
-        return 1
     except Stopped:
         return 75
     except KeyboardInterrupt:
@@ -44,6 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (RunFailed, OSError) as error:
+        reason = reason_of(error)
+        if reason is None:
+            raise
+    last_line = f"mainrun: failed: {reason}\n"
+    if arguments is None:
+        leave(1, last_line)
+    sys.stderr.write(last_line)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

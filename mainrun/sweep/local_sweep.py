@@ -27,7 +27,8 @@ from mainrun.tracking import write_views
 
 WORKER = (
     sys.executable, "-P", "-c",
-    "import sys; from mainrun.sweep.worker import main; sys.exit(main(sys.argv[1:]))",
+    "import sys; from mainrun.errors import leave; from mainrun.sweep.worker import main; "
+    "leave(main(sys.argv[1:]))",
 )  # fmt: skip
 
 _STOPPED_CODES = (75, 130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)

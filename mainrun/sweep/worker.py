@@ -17,10 +17,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mainrun import config, folder
+from mainrun import config, errors, folder
 from mainrun.child import say
 from mainrun.config import Config
-from mainrun.errors import RunFailed, Stopped, UserError, is_out_of_memory, named, one_line
+from mainrun.errors import RunFailed, Stopped, UserError, named, one_line
 from mainrun.opening import Prepared, prepare, prepare_to_resume, read_texts
 from mainrun.parts import Texts
 from mainrun.population import Choice, Group, Running
@@ -49,11 +49,13 @@ def main(arguments: Sequence[str]) -> int:
     with contextlib.closing(study), listening() as stopping:
         try:
             _Worker(made, study, stopping, asked.since, asked.population).work()
-        except RunFailed as error:
-            say(f"mainrun: failed: {error}")
-            return 1
         except Stopped:
             return 75
+        except (RunFailed, OSError) as error:
+            if (reason := errors.reason_of(error)) is None:
+                raise
+            say(f"mainrun: failed: {reason}")
+            return 1
     return 0
 
 
@@ -305,6 +307,6 @@ class _Texts:
 def _reason(error: BaseException) -> str:
     if isinstance(error, (RunFailed, UserError)):
         return one_line(error)
-    if is_out_of_memory(error):
+    if errors.is_out_of_memory(error):
         return f"out of memory: {one_line(error)}"
     return named(error)

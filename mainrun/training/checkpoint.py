@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +38,8 @@ absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax tells at length what it 
 
 
 _METADATA_BYTES = 2**20  # that a checkpoint may take besides its arrays
+
+_FILES = 100  # inodes that a checkpoint may take: 46 with an average, and what Orbax removes again
 
 _SHOWN_CHARACTERS = 200  # of what Orbax says, which can be pages
 
@@ -157,13 +158,24 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def _check_space(self, needed: int) -> None:
-        """Before Orbax finds out: its writers then print a page of tracebacks from C."""
-        free = shutil.disk_usage(self._folder).free
-        if free < needed + _METADATA_BYTES:
+        """Before Orbax finds out: its writers then print pages of tracebacks, or never end."""
+        try:
+            disk = os.statvfs(self._folder)
+        except OSError as error:
+            raise RunFailed(
+                f"the checkpoint of step {self._writing} cannot be written: {self._folder}: "
+                f"{error.strerror}"
+            ) from error
+        free, wanted = disk.f_bavail * disk.f_frsize, needed + _METADATA_BYTES
+        lack = ""
+        if free < wanted:
+            lack = f"{free / 2**20:.1f} MiB free, and {wanted / 2**20:.1f} MiB are needed"
+        elif disk.f_files > 0 and disk.f_favail < _FILES:  # some file systems count none
+            lack = f"room for {disk.f_favail} files, and {_FILES} are needed"
+        if lack:
             raise RunFailed(
                 f"no space left for the checkpoint of step {self._writing}: {self._folder} has "
-                f"{free / 2**20:.1f} MiB free, and {needed / 2**20:.1f} MiB are needed; make room "
-                "and resume the run"
+                f"{lack}; make room and resume the run"
             )
 
     @contextlib.contextmanager

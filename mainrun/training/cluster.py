@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -19,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from mainrun.errors import RunFailed, Stopped, UserError, one_line
+from mainrun.errors import RunFailed, Stopped, UserError, leave, one_line
 
 _ADDRESS, _COUNT, _NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _LAUNCHERS = {  # what says how many there are, and what only their processes have
@@ -126,20 +125,14 @@ def together() -> Iterator[None]:
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        atexit.register(_leave, 2 if isinstance(error, UserError) else 1)
+        # JAX's own end waits five minutes for the others, who wait for what is summed up with us.
+        atexit.register(leave, 2 if isinstance(error, UserError) else 1)
         if isinstance(error, (UserError, RunFailed)) or not _is_loss(error):
             raise
         raise RunFailed(
             "another process of this run has ended or cannot be reached; its output says why, and "
             f"`mainrun resume` goes on from the newest checkpoint ({one_line(error)[:200]})"
         ) from error
-
-
-def _leave(code: int) -> None:
-    """JAX's own end waits five minutes for the others, who wait for what is summed up with us."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _is_named() -> bool:
