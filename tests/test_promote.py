@@ -205,7 +205,7 @@ def test_a_run_that_was_changed_on_the_way_is_refused_by_the_setting(
 ):
     def resumed(*overrides: str) -> Callable[[list[dict]], list[dict]]:
         event = {"event": "resumed", "step": 3, "overrides": overrides}
-        return lambda events: [*events[:2], event, *events[2:]]
+        return lambda events: [*events[:2], events[1] | event, *events[2:]]
 
     changed = copied(runs[0], tmp_path / "changed", resumed("training.max_steps=6", "seed=1"))
     copied(runs[0], tmp_path / "same", resumed("tracking.name=x", "training.max_steps=6"))
