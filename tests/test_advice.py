@@ -83,8 +83,9 @@ def test_what_fits_and_what_nobody_knows_are_let_go() -> None:
     memory.check_fits(2**60, None, settings(), VOCAB)
 
 
-def test_on_a_mesh_no_remedy_leaves_devices_without_their_share() -> None:
-    on_mesh = replace(settings(), mesh=configs.Mesh(data=4))
+@pytest.mark.parametrize("mesh", [configs.Mesh(data=4), configs.Mesh(data=2, fsdp=2)], ids=str)
+def test_on_a_mesh_no_remedy_leaves_devices_without_their_share(mesh: configs.Mesh) -> None:
+    on_mesh = replace(settings(), mesh=mesh)
     room = needed(settings()) // 2
     remedies = [remedy.setting for remedy in advice.remedies(on_mesh, VOCAB, room)]
     assert "training.grad_accumulation=3" in remedies, "12 examples, 4 at a time"
