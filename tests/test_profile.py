@@ -172,9 +172,9 @@ def test_what_is_no_setting_with_values_is_refused(subtests: pytest.Subtests):
 def test_rows_stand_under_one_peak_and_one_that_failed_says_why():
     slow, fast = profile.as_dict(made()), profile.as_dict(made(measured_peak_flops=48e9))
     rows = [
-        profile.Row(("a=1",), slow),
+        profile.Row(("a=1",), fast),
         profile.Row(("a=200",), None, "it does not fit"),
-        profile.Row(("a=3",), fast),
+        profile.Row(("a=3",), slow),
     ]
     from mainrun.profile.compare import _under_one_peak
 
