@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mainrun import config
+from mainrun.model.gpt import Network
 from mainrun.training import loss as losses
 from mainrun.training import step as steps
 from mainrun.training.loss import Costs, TokenLoss
 from tests.shown import shown
-from tests.test_gpt import VOCAB, some_params, tiny
+from tests.test_gpt import CONTEXT, VOCAB, some_params, tiny
 from tests.test_step import make, some_batch
 
 KEYS = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
@@ -124,6 +125,28 @@ def test_each_regulariser_is_its_formula(settings: config.Regularization) -> Non
     np.testing.assert_allclose(total, costs.nll + costs.added, rtol=1e-6)
     assert np.abs(added).mean() > 1e-2
     assert costs.added.dtype == costs.nll.dtype == jnp.float32
+
+
+def test_the_balance_of_experts_is_the_mean_of_r_drops_two_passes() -> None:
+    """Without dropout the passes are alike, and so is what one pass alone has."""
+    settings = config.Gpt(
+        d_model=16, num_layers=1, dropout=0.0, mlp=config.MixtureOfExperts(hidden=16)
+    )
+    network = Network(settings, vocab_size=VOCAB, context_length=CONTEXT, precision="float32")
+
+    @jax.jit
+    def balances() -> list[jax.Array]:
+        model = network.bind(network.init(jax.random.key(0)))
+        both = config.Regularization(), EACH["r_drop"]
+        costs = (
+            losses.training_loss(model, some_batch(), each, mask_documents=False, dropout_keys=KEYS)
+            for each in both
+        )
+        return [found.balance for _, found in costs]
+
+    once, twice = balances()
+    assert float(twice) == pytest.approx(float(once), rel=1e-6)
+    assert float(once) >= some_batch().weights.sum()
 
 
 @shown("head_tokens", {"all": losses.ALL, "40": 40, "8": 8, "1": 1}, {"8"}.__contains__)
