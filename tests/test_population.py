@@ -1,5 +1,6 @@
 """A member of a population equals its solo run, whatever kind of optimizer or model it is."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from mainrun import config, parts
 from mainrun.config import CARRIED, Config
+from mainrun.opening import prepare
 from mainrun.parts import Parts, Texts
 from mainrun.population.choice import Choice, choose
+from mainrun.population.group import Group
 from mainrun.population.hyper import hyper, hyper_stretch
 from mainrun.population.places import Places, PopulationStep, compile_for
 from mainrun.training.feed import Sent
@@ -172,6 +175,19 @@ def test_a_setting_that_is_not_varied_stays_a_constant_of_the_step(base: list[st
     loaded = config.load(QUICKSTART, base)
     assert config.carried_values(loaded, frozenset(["model.dropout"])) == {"model.dropout": 0.1}
     assert config.carried_values(loaded, frozenset(["model.d_model"])) == {}
+
+
+def test_runs_whose_averages_take_other_samples_share_no_step(base: list[str]):
+    """The samples of an average lie where the run's length puts them, and the step knows them."""
+    average = ["training.weight_average={kind: swa, start: {fraction: 0.5}}"]
+    short, long = (
+        prepare(config.load(QUICKSTART, [*base, *average, *words]), None, "run", command=())
+        for words in (["training.max_steps=9"], ["training.max_steps=12"])
+    )
+    group = Group(short, frozenset(), Choice(1, most=1))
+    assert group.fits(short)
+    assert not group.fits(long)
+    assert group.fits(replace(long, joined=replace(long.joined, samples=short.joined.samples)))
 
 
 def test_a_place_that_is_left_is_taken_while_the_others_stay():
