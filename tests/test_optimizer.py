@@ -3,6 +3,7 @@
 Step by step against PyTorch: `test_torch_optimizers`. All on a network: `test_optimizer_table`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pydantic import ValidationError
 
 from mainrun import complaints, config
 from mainrun.errors import UserError
@@ -529,3 +531,21 @@ def test_only_kinds_with_a_mean_of_gradients_say_its_dtype() -> None:
         k for k in KINDS if any(".mu[" in path for path, _, _ in dtypes(states(k())[0][1]))
     ]
     assert with_mean == WITH_MOMENT_DTYPE
+
+
+def test_a_run_cannot_go_on_with_a_setting_that_changes_the_shape_of_its_state() -> None:
+    def shapes(settings: config.Optimizer) -> tuple[Any, list[tuple]]:
+        state = jax.eval_shape(optimizers.optimizer(settings, rate, 1.0).init, PARAMS)
+        leaves, structure = jax.tree.flatten(state)
+        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    shaping = set()
+    for kind in KINDS:
+        default = shapes(kind())
+        for name in (field.name for field in dataclasses.fields(kind)):
+            for value in (0.0, 0.5, 1, None, False, "all", "bfloat16"):
+                with contextlib.suppress(ValidationError):
+                    if shapes(kind(**{name: value})) != default:
+                        shaping.add(f"optimizer.{name}")
+    assert shaping
+    assert [path for path in sorted(shaping) if not config.is_fixed(path)] == []
