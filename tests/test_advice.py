@@ -162,6 +162,7 @@ def test_other_errors_stay_what_they_are(subtests: pytest.Subtests) -> None:
             assert raised.value is error
 
 
+@pytest.mark.slow
 def test_a_run_that_is_out_of_memory_has_failed_and_its_record_says_why(
     tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -180,6 +181,7 @@ def test_a_run_that_is_out_of_memory_has_failed_and_its_record_says_why(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_the_limit_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "memory_limit_bytes", lambda: 24 * 2**20)
     report = memory.examine(settings(), VOCAB)

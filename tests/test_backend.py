@@ -32,6 +32,7 @@ def test_a_cpu_takes_micro_batches_of_a_thousand_tokens(subtests: pytest.Subtest
             assert backend.micro_batches(batch_size, context_length, at_least=at_least) == expected
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_processs_own_and_not_its_parents() -> None:
     program = "from mainrun.training import backend; print(backend.peak_memory_bytes())"
     ballast = bytearray(os.urandom(1)) * (2**30)  # the parent's, while the child runs
@@ -39,6 +40,7 @@ def test_peak_memory_is_the_processs_own_and_not_its_parents() -> None:
     assert 50 * 2**20 < int(done.stdout) < len(ballast)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_asked_for_and_absent_is_an_error_and_no_run_on_the_cpu() -> None:
     program = "from mainrun.training import backend; backend.prepare()"
     for platform in ("cuda", "no-such-platform"):

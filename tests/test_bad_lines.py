@@ -47,6 +47,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_says_the_same_with_bad_lines_as_without(
     name: str, damaged: Path, tmp_path: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
@@ -82,6 +83,7 @@ def without(run_dir: Path, event: str, field: str | None = None) -> None:
     path.write_text("\n".join(kept) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [None, "val_tokens", "steps_per_epoch", "train_tokens"])
 def test_a_run_whose_beginning_is_lost_is_no_evidence_and_no_point(
     tmp_path: Path, finished_run: Path, field: str | None
@@ -97,6 +99,7 @@ def test_a_run_whose_beginning_is_lost_is_no_evidence_and_no_point(
         assert (found.runs, [name for name, _ in found.left_out]) == ([], ["run"])
 
 
+@pytest.mark.slow
 def test_no_field_of_an_event_is_worth_a_traceback(tmp_path: Path, finished_run: Path) -> None:
     events = [json.loads(x) for x in (finished_run / "events.jsonl").read_text().splitlines()]
     fields = {(e["event"], name) for e in events for name in e}

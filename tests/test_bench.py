@@ -215,6 +215,7 @@ def test_stock_pytorch_is_stock_whatever_the_shell_says(
     assert environment(ours, tmp_path)["JAX_PLATFORMS"] == "cpu"
 
 
+@pytest.mark.slow
 def test_mainrun_takes_part_with_its_own_loop(corpus: Path, tmp_path: Path) -> None:
     overrides = [*sizes.SIZES["tiny"][1], f"data.source=file:{corpus}", "training.epochs=200"]
     run = config.load(None, [*overrides, "optimizer.learning_rate=1e-2"])

@@ -62,6 +62,7 @@ def test_a_disk_without_inodes_is_told_before_anything_is_written_to_it(
     assert list((disk.path / "run" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", ["nr_inodes=12", "nr_inodes=50"], indirect=True)
 def test_nothing_is_said_or_waited_for_behind_the_reason_though_the_writers_go_on(
     disk: Disk, long: list[str]

@@ -79,6 +79,7 @@ def per_token(network: Network, *, backward: bool) -> float:
     return products(program(network, backward=backward)) / (BATCH * network.context_length)
 
 
+@pytest.mark.slow
 def test_forward_pass_has_so_many_products(subtests: pytest.Subtests):
     for name in DENSE:
         with subtests.test(name=name):
@@ -88,6 +89,7 @@ def test_forward_pass_has_so_many_products(subtests: pytest.Subtests):
             assert per_token(network, backward=False) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_training_has_so_many_products(subtests: pytest.Subtests):
     for name in KINDS:
         with subtests.test(name=name):
@@ -132,6 +134,7 @@ def test_forward_pass_is_what_xla_counts(name: str):
     assert 1 < counted / expected < 1.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("all",), ("blocks.1",), ("mlp",)], ids=str)
 def test_no_gradient_of_frozen_weights_is_counted(targets: tuple[str, ...]):
     """As XLA counts what it compiles, where nobody asks for a frozen weight's gradient. Ours goes

@@ -39,6 +39,7 @@ def distance(widths: list[int], number: int) -> float:
     return sum(math.log(width / number / 64) ** 2 for width in widths)
 
 
+@pytest.mark.slow
 def test_auto_is_the_accepted_number_whose_heads_are_nearest_64(subtests: pytest.Subtests) -> None:
     for width, kind in itertools.product([64, 96, 100, 35], KINDS):
         with subtests.test(width=width, kind=kind):

@@ -189,6 +189,7 @@ def both(case: Case, call: fused.Call) -> tuple[list[np.ndarray], list[np.ndarra
     return pulled(by_kernel, q, k, v, dout), plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 def test_what_a_kernel_is_asked_for_is_the_plain_form(changes: dict[str, Any]) -> None:
     for ours, plain in zip(*both(case(**changes), as_documented), strict=True):

@@ -23,20 +23,27 @@ from tests.variants import CONTEXT, VOCAB, WIDTH, network, params, tokens
 MODELS = variants.networks()
 
 
-def with_models(kinds: dict[str, config.Network]) -> pytest.MarkDecorator:
-    """These at once; with the slow tests every model, and every option, of all there are."""
-    return shown("settings", kinds | MODELS, kinds.__contains__)
+# Where compiling is long: one that chooses its keys, one of few of them, another architecture.
+FEW = {
+    name: model
+    for name, model in variants.kinds().items()
+    if model.kind != "gpt" or model.attention.kind in ("sparsek", "latent")
+}
+OPTIONS = [name for name in MODELS if "=" in name]
 
 
-every_model = with_models(variants.kinds())
-# Where compiling is long, one that looks at all keys, one that chooses them, one of few of each.
-every_model_slowly = with_models(
-    {
-        name: model
-        for name, model in variants.kinds().items()
-        if model.kind != "gpt" or model.attention.kind in ("sparsek", "latent")
-    }
-)
+def every_model(law: int, kinds: dict[str, config.Network] | None = None) -> pytest.MarkDecorator:
+    """One of each kind; with the slow tests every kind in every architecture, and every option.
+
+    Of the options, which are three times as many, each law has every fourth: any two laws four
+    apart share theirs, so of the eight each option meets two.
+    """
+    kinds = variants.kinds() if kinds is None else kinds
+    others = {name: MODELS[name] for name in OPTIONS[law % 4 :: 4]}
+    plain = {name: model for name, model in MODELS.items() if "=" not in name}
+    return shown("settings", kinds | plain | others, kinds.__contains__)
+
+
 SEGMENTS = jnp.array([[0] * 7 + [1] * 17, [0] * 13 + [1] * 11])
 
 
@@ -55,7 +62,7 @@ def apart(one: jax.Array, other: jax.Array) -> np.ndarray:
     return np.abs(np.asarray(one) - np.asarray(other)).max(-1)
 
 
-@every_model
+@every_model(0)
 def test_later_tokens_and_other_documents_change_nothing(settings: config.Network) -> None:
     run, before = forward(settings), tokens()
     for position in (3, 9, 16):
@@ -69,7 +76,7 @@ def test_later_tokens_and_other_documents_change_nothing(settings: config.Networ
             assert (difference[:, position] > 1e-4).all(), "the token itself has a say"
 
 
-@every_model
+@every_model(1)
 def test_rows_are_computed_apart(settings: config.Network) -> None:
     run, rows = forward(settings), tokens()
     other = rows.at[1].set(tokens(seed=3)[1])
@@ -78,7 +85,7 @@ def test_rows_are_computed_apart(settings: config.Network) -> None:
     assert difference[1].max() > 1e-3
 
 
-@every_model
+@every_model(2)
 def test_text_after_text_by_the_cache_equals_the_whole(settings: config.Network) -> None:
     text = tokens()
     whole = forward(settings)(text, jnp.zeros_like(text))
@@ -103,7 +110,7 @@ def token_by_token(settings: config.Network, text: jax.Array, beginning: int) ->
     return jax.jit(read)(params(settings))
 
 
-@every_model
+@every_model(3)
 def test_gradients_reach_every_parameter(settings: config.Network) -> None:
     _, gradients = summed(settings, some_batch())
     for name, gradient in gradients.items():
@@ -117,7 +124,7 @@ def test_gradients_reach_every_parameter(settings: config.Network) -> None:
         assert (jnp.abs(gradient) > 0).any(), name
 
 
-@every_model
+@every_model(4)
 def test_padding_changes_no_loss_and_no_gradient(settings: config.Network) -> None:
     """Rows of padding, and padding behind a text, weigh nothing, whatever they hold."""
     batch = some_batch()
@@ -156,7 +163,7 @@ def _summed(settings: config.Network) -> Any:
     return jax.jit(jax.value_and_grad(loss))
 
 
-@every_model_slowly
+@every_model(5, FEW)
 def test_blocks_computed_again_change_neither_loss_nor_gradient(settings: config.Network) -> None:
     """Masks of dropout among them: these are functions of keys, so they come out the same."""
     settings = dataclasses.replace(settings, dropout=0.3)
@@ -173,7 +180,7 @@ def test_blocks_computed_again_change_neither_loss_nor_gradient(settings: config
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + float(jnp.abs(a).max())))
 
 
-@every_model
+@every_model(6)
 def test_the_second_call_compiles_nothing(settings: config.Network) -> None:
     for seed in range(2):
         scaled = {name: array * (1 + seed) for name, array in params(settings).items()}
@@ -300,7 +307,7 @@ def _open(keys: list[int], scores: list[float], count: int) -> set[int]:
     return {key for key, s in zip(keys[:count], scores, strict=False) if s - high > 1e-6}
 
 
-@every_model_slowly
+@every_model(7, FEW)
 def test_greedy_text_is_the_likeliest_token_each_time(settings: config.Network) -> None:
     prompts = tokens(time=4)
     text = generate(

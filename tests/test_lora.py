@@ -105,6 +105,7 @@ def layers_of(settings: config.Network) -> set[str]:
     return {name.rpartition(".adapter.")[0] for name in names if lora.is_adapter(name)}
 
 
+@pytest.mark.slow
 @every_model
 def test_fresh_adapters_change_nothing_and_merged_ones_what_they_did(
     plain: config.Network,
@@ -120,6 +121,7 @@ def test_fresh_adapters_change_nothing_and_merged_ones_what_they_did(
     np.testing.assert_allclose(logits(plain, merged), after, atol=1e-5 * max(1, scale))
 
 
+@pytest.mark.slow
 def test_merging_adds_alpha_over_rank_times_the_product_and_leaves_its_argument_alone() -> None:
     settings = adapted(GPT, "qkv")
     before = trained(settings)
@@ -137,6 +139,7 @@ def test_merging_adds_alpha_over_rank_times_the_product_and_leaves_its_argument_
     assert all(before[name] is kept[name] for name in kept)
 
 
+@pytest.mark.slow
 def test_latent_attention_decodes_with_its_adapters() -> None:
     """Absorbed: the up-projection is not applied there but multiplied into others."""
     settings = adapted(MODELS["latent"])
@@ -277,6 +280,7 @@ def test_bfloat16_trains_adapters_in_float32() -> None:
     assert {array.dtype for array in last.params.values()} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_without_adapters_a_base_is_trained_whole() -> None:
     plain = MODELS["causal"]
     (first, *_, last), losses = train(plain, base(plain))

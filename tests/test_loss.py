@@ -149,6 +149,7 @@ def test_the_balance_of_experts_is_the_mean_of_r_drops_two_passes() -> None:
     assert float(once) >= some_batch().weights.sum()
 
 
+@pytest.mark.slow
 @shown("head_tokens", {"all": losses.ALL, "40": 40, "8": 8, "1": 1}, {"8"}.__contains__)
 @pytest.mark.parametrize("settings", [config.Regularization(), *EACH.values()], ids=["none", *EACH])
 def test_a_few_positions_at_a_time_is_all_at_once(

@@ -131,6 +131,7 @@ def test_each_token_is_computed_by_its_experts(subtests: pytest.Subtests) -> Non
             np.testing.assert_array_equal(routing.chosen, chosen)
 
 
+@pytest.mark.slow
 def test_any_number_of_experts_and_choices(subtests: pytest.Subtests) -> None:
     for (experts, top_k), load in itertools.product(
         [(4, 1), (4, 4), (5, 3), (16, 1), (16, 7)], LOADS
@@ -144,6 +145,7 @@ def test_any_number_of_experts_and_choices(subtests: pytest.Subtests) -> None:
             np.testing.assert_array_equal(routing.chosen.sum(-1), top_k)
 
 
+@pytest.mark.slow
 def test_fewer_places_than_experts(subtests: pytest.Subtests) -> None:
     for time in [1, 3]:
         with subtests.test(time=time):
@@ -181,6 +183,7 @@ def both_gradients(activation: config.Activation = "swiglu", experts: int = 4) -
     return jax.jit(lambda found, x: (ours(found, x), plain(found, x)))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_every_expert_on_every_token(subtests: pytest.Subtests) -> None:
     for activation, load in itertools.product(ACTIVATIONS, LOADS):
         with subtests.test(activation=activation, load=load):

@@ -46,6 +46,7 @@ def test_runs_from_top_to_bottom_and_every_cell_shows_something(executed):
         assert {output.output_type for output in cell.outputs} == {"execute_result"}, cell.outputs
 
 
+@pytest.mark.slow
 def test_committed_outputs_are_what_it_shows_where_the_documentation_is_the_same(executed):
     cells = code_of(executed.cells)
     assert [cell.source for cell in cells] == [cell.source for cell in CODE]

@@ -121,6 +121,7 @@ def rates_of(rate: optax.Schedule) -> jax.Array:
     return jax.vmap(lambda count: jnp.asarray(rate(count), jnp.float32))(jnp.arange(CONVEX_STEPS))
 
 
+@pytest.mark.slow
 def test_a_convex_loss_falls_and_types_stay(subtests: pytest.Subtests) -> None:
     before = float(convex_loss(START, "float32"))
     for kind, precision, schedule in EVERYTHING:

@@ -94,6 +94,7 @@ def taken(precision: str, state: TrainState) -> tuple[TrainState, Metrics]:
     return made(precision)[0](state, some_batch())
 
 
+@pytest.mark.slow
 def test_gradients_of_float16_and_their_noise_are_those_of_float32(
     subtests: pytest.Subtests,
 ) -> None:

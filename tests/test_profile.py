@@ -44,6 +44,7 @@ def run(state: TrainState, given: Any, count: Any) -> tuple[TrainState, Any]:
     return state, ()
 
 
+@pytest.mark.slow
 def test_as_many_steps_are_timed_wherever_the_traced_ones_lie(
     tmp_path: Path, subtests: pytest.Subtests
 ):

@@ -200,6 +200,7 @@ def test_runs_that_are_no_evidence_are_refused(
     assert "is no run folder" in refusal(tmp_path, "x")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_changed_on_the_way_is_refused_by_the_setting(
     runs: list[Path], tmp_path: Path, root: Path, refusal: Callable[..., str]
 ):

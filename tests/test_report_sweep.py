@@ -156,6 +156,7 @@ VALUES = {
 }
 
 
+@pytest.mark.slow
 def test_values_of_any_kind_are_reported_one_by_one(
     tmp_path, real_pictures, subtests: pytest.Subtests
 ):
@@ -246,6 +247,7 @@ def with_runs(folder: Path, setting: str, values: list) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_choice_that_is_varied_has_its_panel_and_memory(tmp_path, subtests: pytest.Subtests):
     for setting in CHOICES:
         with subtests.test(setting=setting):

@@ -358,6 +358,7 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
+@pytest.mark.slow
 def test_the_first_evaluation_stands_once_though_the_run_was_killed_behind_it(
     tmp_path: Path, finished_run: Path, mainrun: Mainrun
 ) -> None:
@@ -372,6 +373,7 @@ def test_the_first_evaluation_stands_once_though_the_run_was_killed_behind_it(
     assert progress(run_dir, 40) == progress(finished_run, 40)
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_step_that_was_saved_before_it_stands_once(
     tmp_path: Path, finished_run: Path, mainrun: Mainrun
 ) -> None:

@@ -176,6 +176,7 @@ def test_an_early_end_is_red_though_pytest_says_zero(ci):
     assert rows(text)["tier-0"] == ["3", "1", "0", "0", "2 not reached"]
 
 
+@pytest.mark.slow
 def test_time_that_runs_out_is_red_and_leaves_nothing_running(ci, tmp_path):
     """The deadline may come before pytest has begun, on a slow machine: no number is asserted."""
     held = tmp_path / "held"
