@@ -214,8 +214,8 @@ def test_padding_rows_of_the_vocabulary_are_computed_and_counted():
 
 
 def test_keys_are_those_that_the_mask_lets_a_query_see(subtests: pytest.Subtests):
-    for time, attention in itertools.product([1, 300], variants.attentions().values()):
-        with subtests.test(time=time, attention=attention):
+    for time, (name, attention) in itertools.product([1, 300], variants.attentions().items()):
+        with subtests.test(name, time=time):
             places = jnp.arange(time)
             grid = np.asarray(masks.grid(masks.of_attention(attention), places, places, 4))
             seen = grid.sum(-1)

@@ -1,5 +1,6 @@
 """A sweep in its job's page: made of its `summary.json`, whatever a container has put there."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -153,20 +154,21 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
             yield from places(item, (*path, key))
 
 
-@pytest.mark.parametrize("place", list(places(sweep_result())), ids=str)
-@pytest.mark.parametrize("value", [HOSTILE, 5, None, [HOSTILE], {HOSTILE: HOSTILE}, math.nan])
 def test_a_sweeps_summary_with_anything_in_any_place_is_harmless(
-    sweep: Path, runs: Path, place: tuple, value: Any
+    sweep: Path, runs: Path, subtests: pytest.Subtests
 ):
-    result = sweep_result()
-    inside: Any = result
-    for key in place[:-1]:
-        inside = inside[key]
-    inside[place[-1]] = value
-    (sweep / "summary.json").write_text(json.dumps(result))
-    page = markdown(job("failed", "x", url="", **SWEEP), runs, [])
-    assert_harmless(page)
-    assert headings(page)[0] == ("h1", "Sweep failed")
+    values = [HOSTILE, 5, None, [HOSTILE], {HOSTILE: HOSTILE}, math.nan]
+    for place, value in itertools.product(places(sweep_result()), values):
+        with subtests.test(place=place, value=value):
+            result = sweep_result()
+            inside: Any = result
+            for key in place[:-1]:
+                inside = inside[key]
+            inside[place[-1]] = value
+            (sweep / "summary.json").write_text(json.dumps(result))
+            page = markdown(job("failed", "x", url="", **SWEEP), runs, [])
+            assert_harmless(page)
+            assert headings(page)[0] == ("h1", "Sweep failed")
 
 
 def test_no_secret_of_a_sweeps_is_on_the_page(
