@@ -269,7 +269,10 @@ def _memory(found: Machine, host: Host) -> Check:
 
 
 def _folders(host: Host, lack: State) -> Iterable[Check]:
-    wanted = {"runs": host.runs_dir, "cache": host.cache_dir, "locks": Path(host.locks)}
+    wanted = {**host.folders(), "locks": Path(host.locks)}
+    if homeless := [name for name in ("runs", "cache") if name not in wanted]:
+        remedy = "Set HOME, or name them in the host's settings; MAINRUN_CACHE_DIR for training"
+        yield Check("home", "problem", f"this user has none, for {' and '.join(homeless)}", remedy)
     refused = [name for name, folder in wanted.items() if not _can_write(folder)]
     if refused:
         named = ", ".join(f"{name} ({wanted[name]})" for name in refused)
@@ -279,7 +282,7 @@ def _folders(host: Host, lack: State) -> Iterable[Check]:
     else:
         yield Check("folders", "ok", f"{', '.join(wanted)} can be written")
     if host.data is not None:
-        data = Path(host.data).expanduser()
+        data = Path(os.path.expanduser(host.data))
         if os.access(data, os.R_OK | os.X_OK):
             yield Check("data", "ok", str(data))
         else:

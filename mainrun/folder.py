@@ -4,6 +4,7 @@ Training adds the record, the checkpoints and the views of them; here is what st
 first step and never changes after: config, tokenizer, environment.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mainrun import config as configs
+from mainrun import probe, user
 from mainrun.config import Config
 from mainrun.data import tokenizers
 from mainrun.environment import write_environment
@@ -41,8 +43,7 @@ def create(
     `base` says which parameters training starts from, if it is not fresh ones. UserError if the
     folder exists.
     """
-    runs = Path(os.environ.get("MAINRUN_RUNS_DIR") or "runs")
-    wanted = [run_dir] if run_dir else _names(runs, name)
+    wanted = [run_dir] if run_dir else names(name)
     partial = None
     try:
         for path in wanted:
@@ -69,6 +70,48 @@ def create(
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{path}: cannot be made ({error.strerror}); see --run-dir") from error
     raise UserError(f"{run_dir} exists: choose another --run-dir, or resume it")
+
+
+def names(name: str) -> Iterator[Path]:
+    """Where a folder of that name may come to lie: with date and time before it, and with a number
+    behind it for the second of that second."""
+    runs = user.expanded(os.environ.get("MAINRUN_RUNS_DIR") or "runs")
+    first = runs / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    yield first
+    for number in range(2, 1000):
+        yield first.with_name(f"{first.name}-{number}")
+
+
+def check_new(run_dir: Path | None, name: str) -> None:
+    """UserError, before any work, where `create` could not make the folder."""
+    path = run_dir or next(names(name))
+    if run_dir is not None and os.path.lexists(run_dir):
+        raise UserError(f"{run_dir} exists: choose another --run-dir, or resume it")
+    try:
+        probe.check(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); see --run-dir") from error
+
+
+def check_open(run_dir: Path) -> None:
+    """UserError, before any work, where a run could not go on: nobody may write there, or somebody
+    does. Asking takes a shared lock for a moment."""
+    record = run_dir / "events.jsonl"
+    try:
+        probe.check(record)
+        probe.check(run_dir / "checkpoints" / "step")
+        if record.exists():
+            with record.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{run_dir} is being written by another process: wait until it ends, or stop it"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} cannot be written ({error.strerror}): make room or give this user the "
+            "right, or resume a copy of it"
+        ) from error
 
 
 def base_reference(run_dir: Path) -> dict[str, Any] | None:
@@ -106,11 +149,3 @@ def tokenizer(run_dir: Path) -> Tokenizer:
     loaded = tokenizers.load(path)
     check_tokenizer(run_dir)
     return loaded
-
-
-def _names(root: Path, name: str) -> Iterator[Path]:
-    """Date, time and name, with a number behind it for the second of that second."""
-    first = root / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-    yield first
-    for number in range(2, 1000):
-        yield first.with_name(f"{first.name}-{number}")

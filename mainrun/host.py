@@ -4,6 +4,7 @@
 They say what a container may take and where things lie; none of them moves a number of a run.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from mainrun import config, yaml12
+from mainrun import config, user, yaml12
+from mainrun.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 SYSTEM_FILE = Path("/etc/mainrun/host.yaml")
@@ -63,19 +65,30 @@ class Host:
 
     @property
     def runs_dir(self) -> Path:
-        """Where run folders lie; a job's checkout is swept, so its runs lie outside of it."""
+        """Where run folders lie; a job's checkout is swept, so its runs lie outside of it.
+
+        Raises UserError, as `cache_dir` does, where that is in a home that this user does not have.
+        """
         if self.runs is not None:
-            return Path(self.runs).expanduser()
+            return user.expanded(self.runs)
         if os.environ.get("GITHUB_ACTIONS") == "true":
-            data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-            return Path(data_home) / "mainrun" / "runs"
+            data_home = user.expanded(os.environ.get("XDG_DATA_HOME") or "~/.local/share")
+            return data_home / "mainrun" / "runs"
         return Path("runs")
 
     @property
     def cache_dir(self) -> Path:
         if self.cache is not None:
-            return Path(self.cache).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mainrun"
+            return user.expanded(self.cache)
+        return user.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mainrun"
+
+    def folders(self) -> dict[str, Path]:
+        """Where runs and caches lie, without what has no place."""
+        found = {}
+        for name in ("runs", "cache"):
+            with contextlib.suppress(UserError):
+                found[name] = self.runs_dir if name == "runs" else self.cache_dir
+        return found
 
     @property
     def memory_bytes(self) -> int:
@@ -88,7 +101,7 @@ class Host:
 def load() -> Host:
     """This machine's settings. Raises UserError for a file that does not fit."""
     named = os.environ.get("MAINRUN_HOST_CONFIG")
-    path = Path(named) if named else SYSTEM_FILE
+    path = user.expanded(named) if named else SYSTEM_FILE
     if named is None and not path.exists():
         return Host()
     tree, origins = yaml12.read(path)

@@ -118,6 +118,7 @@ class LiveRun:
         try:
             progress = yield from course(trainee, progress, self._parts.plan, self)
             self._saved.wait()
+            self._check_learned(trainee.state)
         except Stopped:
             self._saved.wait()
             reason = self._stopping.reason
@@ -125,6 +126,19 @@ class LiveRun:
             self._tracker.log("stopped", resume_command=self._resume_with, **why)
             raise
         return progress
+
+    def _check_learned(self, state: TrainState) -> None:
+        """Raises RunFailed where every step was skipped: the parameters are the first ones."""
+        if int(state.updates) > 0:
+            return
+        skipped = f"each of the {int(state.step)} steps was skipped"
+        if self._config.training.precision == "float16" and int(state.loss_scale.overflows) > 0:
+            raise RunFailed(
+                f"{skipped}, since float16 gradients overflowed, up to a loss scale of "
+                f"{float(state.loss_scale.scale):g}: lower training.loss_scale.initial, train for "
+                "more steps, or set training.precision=bfloat16"
+            )
+        raise RunFailed(f"{skipped}, since the loss was no number or jumped: nothing was learnt")
 
     def evaluate(self, state: TrainState) -> float:
         started, number = time.perf_counter(), int(state.step)

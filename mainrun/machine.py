@@ -160,7 +160,7 @@ def container_ids(cgroup: str) -> list[str]:
 
 def disks(host: Host, docker_root: str | None) -> list[Disk]:
     """The disks that runs, caches and Docker lie on, each once."""
-    folders = {"runs": host.runs_dir, "cache": host.cache_dir}
+    folders = host.folders()
     if docker_root is not None and Path(docker_root).exists():  # the Engine may be elsewhere
         folders["Docker"] = Path(docker_root)
     found: dict[int, Disk] = {}

@@ -4,7 +4,6 @@
 is tested, in one place. Starting it is launch.py's.
 """
 
-import getpass
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from docker.types import DeviceRequest, LogConfig, Mount, Ulimit
 
-from mainrun import containers, gpu, snapshot
+from mainrun import containers, gpu, snapshot, user
 from mainrun.errors import UserError
 from mainrun.host import Host, num_bytes
 
@@ -79,7 +78,7 @@ def request_here(task: str, words: Sequence[str], host: Host) -> Request:
         image=host.image,
         gpus=chosen_gpus(host.gpus),
         run=run,
-        by=getpass.getuser(),
+        by=user.name(),
     )
 
 
@@ -136,7 +135,7 @@ def container_options(
         Mount("/cache", str(host.cache_dir.resolve()), type="bind"),
     ]
     if host.data is not None:
-        data = Path(host.data).expanduser().resolve()
+        data = user.expanded(host.data).resolve()
         mounts.append(Mount("/app/data", str(data), type="bind", read_only=True))
     # By index and not "all": a container sees the GPUs that it holds the locks of.
     devices = DeviceRequest(

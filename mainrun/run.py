@@ -49,6 +49,7 @@ def resume(
         say(f"{run_dir} is finished: nothing is left to do")
         write_views(run_dir)
         return
+    folder.check_open(run_dir)
     with cluster.together():
         _go(prepare_to_resume(run_dir, overrides, command=command, checkpoint=checkpoint))
 

@@ -192,7 +192,7 @@ def has_key() -> bool:
     folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     settings = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(configparser.Error, OSError, UnicodeError):
-        settings.read(Path(folder).expanduser() / "settings", encoding="utf-8")
+        settings.read(Path(os.path.expanduser(folder), "settings"), encoding="utf-8")
     of_wandb = settings["default"] if settings.has_section("default") else {}
     if (
         os.environ.get("WANDB_API_KEY")
@@ -204,7 +204,7 @@ def has_key() -> bool:
     host = urllib.parse.urlsplit(server or "https://api.wandb.ai").netloc
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         with contextlib.suppress(netrc.NetrcParseError, OSError):
-            found = path and netrc.netrc(Path(path).expanduser()).authenticators(host)
+            found = path and netrc.netrc(os.path.expanduser(path)).authenticators(host)
             if found:
                 return bool(found[2])
     return False

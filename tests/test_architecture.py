@@ -30,6 +30,8 @@ LAYERS = [
         "stop",
         "huge_pages",
         "snapshot",
+        "probe",
+        "user",
     ],
     ["config"],
     [

@@ -17,7 +17,7 @@ from mainrun.learning_rate.curve import Smoothing
 from mainrun.record import metrics, read_events
 from mainrun.training import divergence, precision
 from mainrun.training.step import Metrics
-from tests.conftest import REPOSITORY, Mainrun
+from tests.conftest import REPOSITORY, Disk, Mainrun
 
 QUICKSTART = REPOSITORY / "config/base/quickstart.yaml"
 PNG = b"\x89PNG\r\n"
@@ -341,13 +341,12 @@ def test_mistakes_are_told_in_one_line_before_any_work(
 
 
 def test_picture_that_cannot_be_written_is_told_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    disk: Disk, capsys: pytest.CaptureFixture[str]
 ):
-    """The tests may run as root, to whom no file is closed."""
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert main(["find-lr", "--output", str(tmp_path / "a.png")]) == 2
+    disk.remount("ro")
+    assert main(["find-lr", "--output", str(disk.path / "a.png")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"--output={tmp_path / 'a.png'} cannot be written" in line
+    assert f"--output={disk.path / 'a.png'} cannot be written (Read-only file system)" in line
 
 
 def test_picture_that_fails_in_the_end_does_not_take_the_answer_with_it(tmp_path: Path):

@@ -89,11 +89,11 @@ def test_what_cannot_be_reported_is_refused_in_one_line(mainrun, sweep, words, s
     assert not list(sweep.parent.rglob("report.html"))
 
 
-def test_a_disk_that_takes_nothing_is_a_failure_with_a_reason(mainrun, tmp_path):
-    folder = make_run(tmp_path / "run")
+def test_a_place_that_takes_nothing_is_told_before_any_work(mainrun, tmp_path):
     (tmp_path / "file").write_text("")
-    done = mainrun("report", folder, "--output", tmp_path / "file" / "r.html", code=1)
-    assert "cannot write" in done.stderr
+    folder = make_run(tmp_path / "run")
+    done = mainrun("report", folder, "--output", tmp_path / "file" / "r.html", code=2)
+    assert "cannot be written (Not a directory)" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["run", "sweep", "comparison"])

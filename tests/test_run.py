@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mainrun import config as configs
-from mainrun import trained
+from mainrun import folder, trained
 from mainrun.record import WALL_CLOCK, metrics, read_events
 from tests.conftest import COMMAND, Disk, Mainrun
 
@@ -110,6 +110,23 @@ def test_a_run_folder_holds_what_the_readme_says(finished_run: Path) -> None:
     }
     assert json.loads((finished_run / "summary.json").read_text())["status"] == "finished"
     assert configs.load(finished_run / "config.yaml").model.d_model == 16
+
+
+def test_a_run_whose_every_step_was_skipped_is_not_finished(
+    tmp_path: Path, tiny: list[str], mainrun: Mainrun
+) -> None:
+    run_dir = tmp_path / "run"
+    overflowing = [
+        "training.max_steps=4",
+        "training.precision=float16",
+        "training.loss_scale={initial: 1e+30, max: 1e+30}",
+    ]
+    told = mainrun("train", *tiny, *overflowing, "--run-dir", run_dir, code=1).stderr
+    reason = events(run_dir)[-1]["reason"]
+    assert told.splitlines()[-1] == f"mainrun: failed: {reason}"
+    assert reason.startswith("each of the 4 steps was skipped, since float16 gradients overflowed")
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "failed"
+    assert not folder.is_finished(run_dir)
 
 
 def test_training_lowers_the_validation_loss(finished_run: Path) -> None:

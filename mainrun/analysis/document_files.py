@@ -7,6 +7,7 @@ stays as it was.
 import os
 from pathlib import Path
 
+from mainrun import probe
 from mainrun.analysis.document import Document, pictures
 from mainrun.analysis.document_html import html
 from mainrun.analysis.document_markdown import markdown
@@ -14,11 +15,17 @@ from mainrun.errors import RunFailed, UserError
 
 
 def check(path: Path) -> None:
-    """UserError where the document cannot be written there."""
+    """UserError, before any work, where the document cannot be written there."""
     if path.suffix != ".html":
         raise UserError(f"--output {path}: the report is an HTML file: name it {path}.html")
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder: name a file in it")
+    try:
+        if path.is_dir():
+            raise UserError(f"--output {path} is a folder: name a file in it")
+        probe.check(path)
+    except OSError as error:
+        raise UserError(
+            f"--output {path} cannot be written ({error.strerror}): name a file elsewhere"
+        ) from error
 
 
 def write(document: Document, path: Path) -> Path:

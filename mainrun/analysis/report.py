@@ -14,6 +14,9 @@ from mainrun.errors import UserError
 
 def report(folders: Sequence[Path], output: Path | None) -> Path:
     """The path of the HTML file that was written. Raises UserError for what cannot be reported."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder: name a run or a sweep, as runs/NAME")
     path = output or _place(folders)
     document_files.check(path)
     return document_files.write(_document(folders), path)
@@ -24,9 +27,6 @@ def _place(folders: Sequence[Path]) -> Path:
 
 
 def _document(folders: Sequence[Path]) -> Document:
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder: name a run or a sweep, as runs/NAME")
     sweeps = [folder for folder in folders if (folder / "sweep.yaml").is_file()]
     if sweeps and len(folders) > 1:
         raise UserError(

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 75 stopped on reques
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RunFailed, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"mainrun: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         reason = reason_of(error)
         if reason is None:
             raise

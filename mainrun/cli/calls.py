@@ -24,10 +24,10 @@ def train(options: argparse.Namespace) -> None:
     if translated := config.notes(path):
         _tell_all(translated)
         _tell(f"{path} is in the report's layout; its new form: mainrun config {path} > new.yaml")
-    if options.run_dir is not None and options.run_dir.exists():
-        raise UserError(f"{options.run_dir} exists: choose another --run-dir, or resume it")
-    from mainrun import run
+    from mainrun import folder, run
 
+    if options.run_dir is not None or not options.dry_run:
+        folder.check_new(options.run_dir, path.stem)
     if options.dry_run:
         print(run.dry_run(settings))
         return

@@ -5,14 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from mainrun import user
+
 Number = TypeVar("Number", int, float)
+Checked = TypeVar("Checked", str, Path)
 
 _OVERRIDES = "key.path=value: settings that differ from the config, in YAML's notation"
 
 
 def train(command: argparse.ArgumentParser) -> None:
     config(command, default="quickstart")
-    command.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<date>-<name>")
+    command.add_argument("--run-dir", type=_path, metavar="DIR", help="default: runs/<date>-<name>")
     command.add_argument("--dry-run", action="store_true", help="report instead of the first step")
 
 
@@ -21,7 +24,7 @@ def resume(command: argparse.ArgumentParser) -> None:
 
 
 def _of_a_run(command: argparse.ArgumentParser, *, checkpoint: str) -> None:
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.add_argument("run_dir", type=_path, metavar="RUN_DIR")
     command.add_argument("words", nargs="*", metavar="k=v", help=_OVERRIDES)
     _checkpoint(command, checkpoint)
 
@@ -57,12 +60,12 @@ def generate(command: argparse.ArgumentParser) -> None:
 
 
 def export(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.add_argument("run_dir", type=_path, metavar="RUN_DIR")
     command.add_argument(
         "--format", choices=("safetensors", "huggingface"), required=True,
         help="any model under mainrun's names; or what transformers opens, if a class holds it",
     )  # fmt: skip
-    command.add_argument("--output", type=Path, metavar="DIR", required=True, help="a new folder")
+    command.add_argument("--output", type=_path, metavar="DIR", required=True, help="a new folder")
     _checkpoint(command, "best")
     _average(command)
 
@@ -105,7 +108,7 @@ def profile(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     which.add_argument("--no-trace", action="store_true", help="nor a folder, without --output")
     command.add_argument(
-        "--output", type=Path, metavar="DIR", help="a new folder (default: profile/<date>-<name>)"
+        "--output", type=_path, metavar="DIR", help="a new folder (default: profile/<date>-<name>)"
     )
     command.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -116,7 +119,7 @@ def find_lr(command: argparse.ArgumentParser) -> None:
         ("--min", float, 1e-6, "X", "rate of the first step"),
         ("--max", float, 1.0, "X", "rate of the last step"),
         ("--steps", int, 100, "N", "steps; several times as many lower the answer"),
-        ("--output", Path, Path("lr_finder.png"), "FILE", "picture of the losses"),
+        ("--output", _path, Path("lr_finder.png"), "FILE", "picture of the losses"),
     ):
         does = f"{does} (default {default})"
         command.add_argument(name, type=kind, default=default, metavar=metavar, help=does)
@@ -131,16 +134,16 @@ def sweep(command: argparse.ArgumentParser) -> None:
         "--population", type=_population, metavar="N|auto", help="trials trained side by side"
     )
     command.add_argument("--id", metavar="ENTITY/PROJECT/ID", help="a W&B sweep to join")
-    command.add_argument("--run-dir", type=Path, metavar="DIR", help="new, or one to go on with")
+    command.add_argument("--run-dir", type=_path, metavar="DIR", help="new, or one to go on with")
 
 
 def report(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR",
+        "folders", nargs="+", type=_path, metavar="DIR",
         help="a run, a sweep, or several runs to compare",
     )  # fmt: skip
     command.add_argument(
-        "--output", type=Path, metavar="FILE.html",
+        "--output", type=_path, metavar="FILE.html",
         help="default: report.html in the folder, or here for several; .md and PNGs beside it",
     )  # fmt: skip
     command.add_argument(
@@ -199,6 +202,10 @@ def job(command: argparse.ArgumentParser) -> None:
     command.add_argument("step", choices=steps, help="inputs are taken from the environment")
 
 
+def _path(text: str) -> Path:
+    return _or_argument_error(user.expanded, text)
+
+
 def _gpus(text: str) -> str:
     from mainrun import host
 
@@ -211,7 +218,7 @@ def _size(text: str) -> str:
     return _or_argument_error(host.checked_size, text)
 
 
-def _or_argument_error(checked: Callable[[str], str], text: str) -> str:
+def _or_argument_error(checked: Callable[[str], Checked], text: str) -> Checked:
     try:
         return checked(text)
     except ValueError as error:

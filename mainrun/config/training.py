@@ -1,9 +1,10 @@
 """Settings of the training around the optimizer: how long, in which numbers, what is guarded."""
 
 import dataclasses
+import os
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from mainrun.config.kinds import STRICT, Count, Duration, NonNegative, Positive, Probability
@@ -82,7 +83,7 @@ WeightAverage = Annotated[Ema | Swa, Field(discriminator="kind")]
 class Training:
     epochs: Positive = 7.0
     max_steps: Count | None = None
-    init_from: Annotated[str, Field(min_length=1)] | None = None
+    init_from: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)] | None = None
     batch_size: Count = 64
     grad_accumulation: Count | Literal["auto"] = 1
     remat: Literal["none", "blocks"] = "none"

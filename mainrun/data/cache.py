@@ -14,17 +14,20 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from mainrun import user
 from mainrun.errors import UserError
 
 
 def folder() -> Path:
     """$MAINRUN_CACHE_DIR, else $XDG_CACHE_HOME/mainrun, else ~/.cache/mainrun."""
     if chosen := os.environ.get("MAINRUN_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if home.startswith("~"):
-        raise UserError("this user has no home: MAINRUN_CACHE_DIR names a folder for caches")
-    return Path(home) / "mainrun"
+        return user.expanded(chosen)
+    try:
+        return user.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mainrun"
+    except UserError:
+        raise UserError(
+            "this user has no home: MAINRUN_CACHE_DIR names a folder for caches"
+        ) from None
 
 
 def load(*name: str) -> list[str] | None:

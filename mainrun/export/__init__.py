@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mainrun import config as configs
-from mainrun import run_config, trained
+from mainrun import probe, run_config, trained
 from mainrun.errors import UserError, one_line
 from mainrun.export import hugging_face
 from mainrun.export.architectures import architecture
@@ -75,8 +75,12 @@ def write(found: Trained, output: Path, *, format: Format) -> str:
 
 
 def _check_is_new(output: Path) -> None:
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"{output} exists: choose another --output")
+    try:
+        probe.check(output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror})") from error
 
 
 def _write_whole(

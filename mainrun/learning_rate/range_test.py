@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mainrun import config as configs
-from mainrun import memory, parts, trained
+from mainrun import memory, parts, probe, trained
 from mainrun.compilation import compile_step, initial_state
 from mainrun.config import Config
 from mainrun.errors import RunFailed, UserError, one_line
@@ -142,12 +142,16 @@ def _check_output(path: Path) -> None:
     """Raises UserError for a place that no picture can be written to."""
     if path.suffix.lower() not in _SUFFIXES:
         raise UserError(f"--output={path} is no picture: end its name in {', '.join(_SUFFIXES)}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"--output={path} is a folder: name a file in it")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"--output={path}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--output={path} cannot be written: name a file in a folder of yours")
+    try:
+        probe.check(path)
+    except OSError as error:
+        raise UserError(
+            f"--output={path} cannot be written ({error.strerror}): name a file in another folder"
+        ) from error
 
 
 def _draw(

@@ -1,13 +1,13 @@
 """The folder of a profile: `profile.json`, and the trace under `trace/`."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mainrun import probe
 from mainrun.errors import RunFailed, UserError, one_line
 
 FILE = "profile.json"
@@ -29,14 +29,13 @@ def opened(folder: Path | None) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_empty = not any(folder.iterdir())
+        probe.check(folder / FILE)
     except OSError as error:
         raise UserError(
             f"--output={folder} cannot be made ({error.strerror}): name a folder of yours"
         ) from error
     if not is_empty:
         raise UserError(f"--output={folder} is not empty: name a new folder")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output={folder} cannot be written to: name a folder of yours")
     try:
         yield
     except BaseException:

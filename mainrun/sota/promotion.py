@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mainrun import config as configs
-from mainrun import yaml12
+from mainrun import probe, yaml12
 from mainrun.config import Config
 from mainrun.config.trees import merge
 from mainrun.errors import RunFailed, UserError
@@ -77,9 +77,14 @@ def _path(name: str, root: Path) -> Path:
             f"{name!r} is no name for a config: letters, digits, - and _, at most 64, beginning "
             "with a letter or digit"
         )
-    if not os.access(root, os.W_OK):
-        raise UserError(f"{root} cannot be written: promote in a checkout of the repository")
-    return root / "sota" / f"{name}.yaml"
+    path = root / "sota" / f"{name}.yaml"
+    try:
+        probe.check(path)
+    except OSError as error:
+        raise UserError(
+            f"{root} cannot be written ({error.strerror}): promote in a checkout of the repository"
+        ) from error
+    return path
 
 
 def _loaded(base: Path, tree: dict[str, Any], config: Config, words: Sequence[str]) -> Config:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from mainrun import probe
 from mainrun.errors import UserError
 from mainrun.sweep import local_sweep, search_space, sweep_file, wandb_sweep
 from mainrun.sweep.search_space import SearchSpace
@@ -49,6 +50,7 @@ def run(
         if run_dir is not None and run_dir.resolve() != source.resolve():
             raise UserError(f"{source} is a sweep already: it goes on there, not in {run_dir}")
         sweep = load(source)
+        _check_open(source)
         if _engine(backend, sweep.space, source) == "wandb":
             return wandb_sweep.go_on(sweep, count=count)
     else:
@@ -59,8 +61,20 @@ def run(
             _check_mesh(space)
             local_sweep.num_trials(space, count, None)  # before there is a folder
         sweep = open_folder(source, space, run_dir)
+        _check_open(sweep.folder)
     local_sweep.work(sweep, count, population)
     return sweep.folder
+
+
+def _check_open(folder: Path) -> None:
+    """UserError where a sweep could not go on, since nobody may write there."""
+    try:
+        probe.check(folder / "trials")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): make room or give this user the "
+            "right, or go on with a copy of it"
+        ) from error
 
 
 def _check_mesh(space: SearchSpace) -> None:

@@ -12,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +20,7 @@ import yaml
 
 from mainrun import config
 from mainrun.errors import RunFailed, UserError
+from mainrun.folder import names
 from mainrun.record import metrics, read_events
 from mainrun.result import read_result
 from mainrun.sweep import search_space, sweep_file, sweep_summary
@@ -86,7 +86,7 @@ def open_folder(
         ),
         **files,
     }
-    folder = _make(run_dir, f"{datetime.now():%Y%m%d-%H%M%S}-{source.stem}", contents)
+    folder = _make(run_dir, source.stem, contents)
     return Sweep(folder, space, base)
 
 
@@ -169,9 +169,7 @@ def go_on_command(folder: Path) -> str:
 
 def _make(run_dir: Path | None, name: str, contents: Mapping[str, str]) -> Path:
     """A new folder of these files, whole or not at all."""
-    numbered = (f"{name}-{number}" for number in range(2, 1000))
-    wanted = [run_dir] if run_dir else [Path("runs") / n for n in (name, *numbered)]
-    path = next(path for path in wanted if not path.exists())
+    path = run_dir or next(path for path in names(name) if not path.exists())
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
