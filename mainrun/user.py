@@ -21,8 +21,7 @@ def name() -> str:
 def expanded(path: str) -> Path:
     """The path with the home folder that `~` stands for. UserError where there is none."""
     if (whole := os.path.expanduser(path)).startswith("~"):
-        raise UserError(
-            f"{path}: there is no such home folder: set HOME, or write the whole path "
-            f"(./{path}, where a name begins so)"
-        )
+        if path.partition("/")[0] == "~":
+            raise UserError(f"{path}: this user has no home: set HOME, or write the whole path")
+        raise UserError(f"{path}: there is no such user: ./{path} is a folder of that name here")
     return Path(whole)

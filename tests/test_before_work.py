@@ -156,7 +156,7 @@ def test_a_home_folder_is_meant_by_a_tilde(
     init = refusal("train", *tiny, "training.init_from=~/runs", reading=True)
     assert f"training.init_from={tmp_path}/home/runs is no run folder" in init
     monkeypatch.setenv("MAINRUN_RUNS_DIR", "~no-such-user/runs")
-    assert "~no-such-user/runs: there is no such home folder" in refusal("train", *tiny)
+    assert "~no-such-user/runs: there is no such user" in refusal("train", *tiny)
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 

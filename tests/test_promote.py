@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mainrun import cli, config
+from mainrun.errors import UserError
 from mainrun.sota import check, difference, evidence
 from tests.conftest import COMMAND, REPOSITORY, Mainrun
 
@@ -250,6 +251,14 @@ def test_runs_on_other_data_are_refused(
     stored = json.loads((other / "environment.json").read_text())
     (other / "environment.json").write_text(json.dumps(stored | {"data_fingerprint": "f" * 64}))
     assert "is not what seed-2 was trained on" in refusal(runs[0], other, "x")
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "5", "{}", '{"best": null}'])
+def test_a_sweep_whose_summary_is_damaged_has_no_finished_trial(tmp_path: Path, text: str):
+    (tmp_path / "sweep.yaml").write_text("method: grid\n")
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(UserError, match="has no finished trial yet: go on with"):
+        evidence.read([tmp_path])
 
 
 @pytest.mark.slow

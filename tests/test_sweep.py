@@ -26,7 +26,7 @@ from mainrun.errors import RunFailed, UserError
 from mainrun.population.places import Places
 from mainrun.record import WALL_CLOCK, metrics, read_events
 from mainrun.sweep import start as sweep
-from mainrun.sweep import sweep_file, sweep_folder, worker
+from mainrun.sweep import sweep_file, sweep_folder, wandb_sweep, worker
 from mainrun.sweep.study import Study
 from tests.conftest import COMMAND, REPOSITORY
 from tests.wandb_server import WandbServer
@@ -234,6 +234,18 @@ def test_trials_that_fall_behind_are_pruned_where_the_file_says_so(folder: Path,
 
 # -------------------------------------------------------------------------------------------
 # Side by side
+
+
+@pytest.mark.parametrize(
+    ("text", "ended"),
+    [("", False), ("null", False), ("{}", False), ('{"status": "stopped"}', False),
+     ('{"status": "finished"}', True)],
+)  # fmt: skip
+def test_a_sweep_at_wandb_whose_summary_is_damaged_has_not_ended(
+    tmp_path: Path, text: str, ended: bool
+):
+    (tmp_path / "summary.json").write_text(text)
+    assert wandb_sweep._came_to_its_end(tmp_path) == ended
 
 
 @pytest.mark.slow

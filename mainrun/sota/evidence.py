@@ -120,7 +120,7 @@ def _run_dirs(folders: Sequence[Path]) -> list[Path]:
 def _best_trial(sweep: Path) -> Path:
     try:
         best = json.loads((sweep / "summary.json").read_text(encoding="utf-8"))["best"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         best = None
     if not best:
         raise UserError(f"{sweep} has no finished trial yet: go on with `mainrun sweep {sweep}`")

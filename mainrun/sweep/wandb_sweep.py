@@ -193,10 +193,11 @@ def _resume_interrupted(made: Sweep, path: str, stopping: StopSignal) -> None:
 
 def _came_to_its_end(folder: Path) -> bool:
     """Whether the last agent here ended by itself."""
-    path = folder / "summary.json"
-    if not path.is_file():
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return bool(summary["status"] == "finished")
+    except (OSError, ValueError, KeyError, TypeError):  # a view, which may be lost
         return False
-    return bool(json.loads(path.read_text(encoding="utf-8"))["status"] == "finished")
 
 
 def _work(made: Sweep, path: str, wanted: int | None, stopping: StopSignal) -> None:
