@@ -148,7 +148,7 @@ def opened(
         # Killed between an evaluation and what is saved behind it: it is not made again.
         for row in _evaluations(run_dir, step):
             progress = evaluated(progress, step, row["val/loss"])
-            watch(step, row)
+            watch(step, {name: float(value) for name, value in row.items() if name != "step"})
     telling = open_tracker(
         run_dir,
         config,
